@@ -1,0 +1,1 @@
+"""Private transformers at flash-attention speed."""

@@ -1,0 +1,1 @@
+"""Errors, validation and privacy types. Standard library only."""
