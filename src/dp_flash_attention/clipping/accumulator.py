@@ -1,0 +1,242 @@
+"""Exact flat per-example clipping by book-keeping: one forward and one backward pass.
+
+While a microbatch runs, every module with trainable parameters records its inputs and output
+gradients instead of computing a weight gradient. Afterwards each example's gradient norm is known
+exactly, and the weight gradient is computed once, already weighted by the clip factors.
+
+Source: Bu et al. 2023, "Differentially private optimization on large model at small cost"
+(book-keeping); Li et al. 2022 (ghost norms); the exact cross terms of tied weights are ours, see
+``contributions``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dp_flash_attention.clipping.clip import flat_clip_factors
+from dp_flash_attention.clipping.contributions import Contribution, combined_sq_norms
+from dp_flash_attention.clipping.coverage import Recorded, plan_recording
+from dp_flash_attention.clipping.norms import accumulation_dtype
+from dp_flash_attention.clipping.tape import Tape
+from dp_flash_attention.core.errors import ExampleCouplingError, InvalidInputError, MissingRuleError, RunStateError
+from dp_flash_attention.core.privacy import NeighboringRelation, Sensitivity
+from dp_flash_attention.core.validation import positive_finite, positive_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicrobatchNorms:
+    """What a microbatch showed of each example. Private data: never release it.
+
+    Attributes:
+        norms: Gradient norms before clipping, shape [B], float32 or better.
+        losses: Per-example losses, shape [B].
+    """
+
+    norms: Tensor
+    losses: Tensor
+
+
+class ClippedGradientAccumulator:
+    """Sums per-example gradients, each clipped to an L2 norm of at most C over all parameters.
+
+    Args:
+        model: Any module; its trainable parameters (``requires_grad``) at this moment are clipped.
+        l2_clip_norm: C, in the unit of the gradient.
+        fallback_modules: Names of modules, as in ``model.named_modules()``, to run under
+            ``torch.func.vmap`` with one parameter copy for each example. Slower, exact for any module.
+
+    Raises:
+        InvalidInputError: If the clip norm is not a positive finite number, or a name is unknown.
+        MissingRuleError: If a trainable parameter has no per-example rule.
+        ExampleCouplingError: If the model holds a module that mixes examples (BatchNorm, routers).
+
+    Guarantees:
+        neighbouring relation: add or remove one example.
+        privacy unit: one example, that is one row of the microbatch.
+        sensitivity: ``sums`` moves by at most C in L2 norm over all parameters together.
+        public: the model's architecture, C, and the shapes of microbatches.
+        theorem: each summand is ``g_i · min(1, C/‖g_i‖)``, whose norm is at most C, and depends on
+            example i alone (Abadi et al. 2016, section 3.1). Norm and summand are computed from the
+            same recorded tensors, so rounding of activations does not weaken the bound; rounding of
+            the float32 sums themselves is outside this statement.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, l2_clip_norm: float, fallback_modules: Collection[str] = ()
+    ) -> None:
+        self._l2_clip_norm = positive_finite(
+            "l2_clip_norm", l2_clip_norm, remedy="Values between 0.1 and 10 are usual; 1.0 is a good start."
+        )
+        self._recorded: tuple[Recorded, ...] = plan_recording(model, fallback_modules)
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._layouts: dict[str, bool] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._recording = False
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """The L2 sensitivity of ``sums``: C under add-or-remove-one."""
+        return Sensitivity(l2=self._l2_clip_norm, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The clipped sums since the last reset, by parameter name; float32 or better."""
+        return {name: self._sum(name) for name in self._parameters}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The clipped parameters by name, each once, in the order of ``named_parameters``."""
+        return dict(self._parameters)
+
+    def reset(self) -> None:
+        """Sets the sums to zero."""
+        self._sums.clear()
+
+    def add(
+        self, loss_fn: Callable[[], Tensor], *, batch_size: int, weights: Tensor | None = None
+    ) -> MicrobatchNorms:
+        """Adds one microbatch's clipped gradients to the sums.
+
+        Args:
+            loss_fn: Runs the model and returns one loss for each example, shape [B]. It is called
+                once. Batch dimension first; no loss may depend on another example.
+            batch_size: B, padding included.
+            weights: Shape [B], 1 for a real example and 0 for padding; None means all ones.
+
+        Returns:
+            Norms and losses of the examples. They are private data.
+
+        Raises:
+            ExampleCouplingError: If the losses do not have shape [B], or rows cannot be credited.
+            MissingRuleError: If a parameter saw no gradient, or was used outside its module's rule.
+            InvalidInputError: If a weight is neither 0 nor 1.
+        """
+        tape, losses = self.record(loss_fn, batch_size=batch_size)
+        return self._add_clipped(tape, losses, self._checked_weights(weights, batch_size, losses))
+
+    def _add_clipped(self, tape: Tape, losses: Tensor, weights_B: Tensor) -> MicrobatchNorms:
+        with _full_precision(losses.device):
+            sq_norms_B = self.sq_norms_of(tape)
+            clip = flat_clip_factors(sq_norms_B, l2_clip_norm=self._l2_clip_norm, weights_B=weights_B)
+            drop = bool(clip.not_finite_B.any())
+            for name in self._parameters:
+                out = self._sum(name)
+                contributions = tape.contributions.pop(name)
+                while contributions:
+                    # Popping frees each layer's activations as soon as they are used.
+                    contribution: Contribution = contributions.pop()
+                    if drop:
+                        contribution = contribution.without(clip.not_finite_B)
+                    contribution.add_weighted_sum(clip.factors_B, out)
+        return MicrobatchNorms(norms=sq_norms_B.sqrt(), losses=losses)
+
+    def record(
+        self, loss_fn: Callable[[], Tensor], *, batch_size: int, probing: bool = False
+    ) -> tuple[Tape, Tensor]:
+        """Runs forward and backward and returns the tape and the losses; the sums stay as they are.
+
+        ``add`` is what most callers want. The start-up check uses this to look at raw norms.
+
+        Raises:
+            ExampleCouplingError: As ``add``.
+            MissingRuleError: As ``add``.
+        """
+        batch_size = positive_int("batch_size", batch_size, remedy="Pass the microbatch's number of rows.")
+        tape = Tape(batch_size=batch_size, layouts=self._layouts, probing=probing)
+        with self._patched(tape), torch.enable_grad():
+            losses = loss_fn()
+            _check_losses(losses, batch_size)
+            losses.sum().backward()
+            self._check_complete(tape)
+        return tape, losses.detach()
+
+    def sq_norms_of(self, tape: Tape) -> Tensor:
+        """Returns each example's squared gradient norm over all parameters, shape [B]."""
+        device = next(iter(self._parameters.values())).device
+        with _full_precision(device):
+            parts = [combined_sq_norms(tape.contributions[name]) for name in self._parameters]
+            return torch.stack(parts).sum(0)
+
+    def _sum(self, name: str) -> Tensor:
+        if name not in self._sums:
+            parameter = self._parameters[name]
+            dtype = accumulation_dtype(parameter)
+            # Row-major, so that rules can view the sum as a matrix.
+            self._sums[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        return self._sums[name]
+
+    def _checked_weights(self, weights: Tensor | None, batch_size: int, losses: Tensor) -> Tensor:
+        if weights is None:
+            return torch.ones(batch_size, device=losses.device)
+        if weights.shape != (batch_size,) or not bool(((weights == 0) | (weights == 1)).all()):
+            raise InvalidInputError(
+                "weights",
+                tuple(weights.shape),
+                bound=f"{batch_size} numbers, each 0 (padding) or 1 (a real example)",
+                remedy="Scaling an example's gradient belongs into its loss, before clipping.",
+            )
+        return weights
+
+    @contextmanager
+    def _patched(self, tape: Tape) -> Iterator[None]:
+        """Replaces the forwards for the duration of one microbatch."""
+        if self._recording:
+            raise RunStateError("A microbatch is already being recorded; call add() outside of loss_fn.")
+        before = {name: p.grad for name, p in self._parameters.items()}
+        self._recording = True
+        try:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+            for item in self._recorded:
+                item.module.__dict__["forward"] = item.rule.recording_forward(
+                    item.module, name=item.name, parameters=item.parameters, tape=tape
+                )
+            yield
+        finally:
+            for item in self._recorded:
+                item.module.__dict__.pop("forward", None)
+            for name, parameter in self._parameters.items():
+                parameter.grad = before[name]
+            self._recording = False
+
+    def _check_complete(self, tape: Tape) -> None:
+        outside = [name for name, p in self._parameters.items() if p.grad is not None]
+        if outside:
+            raise MissingRuleError(
+                f"{_listed(outside)} took part in the loss outside the module that owns it, where no rule sees it. "
+                f"Call the module instead of using its weight directly, or name the enclosing module in "
+                f"fallback_modules."
+            )
+        unseen = [name for name in self._parameters if not tape.contributions.get(name)]
+        if unseen:
+            raise MissingRuleError(
+                f"{_listed(unseen)} is trainable but saw no gradient in this microbatch. Freeze it with "
+                f"requires_grad_(False) before making the model private, or use it in the loss."
+            )
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Norms and sums: outside the caller's autocast, and off the forward pass's graph."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _check_losses(losses: object, batch_size: int) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (batch_size,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ExampleCouplingError(
+            f"the loss has shape {shape}, but it must have one entry for each of the {batch_size} examples. Use "
+            f"reduction='none' and divide each example's sum by its own number of tokens."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"parameter {shown}{more}"
