@@ -1,0 +1,82 @@
+"""Per-example losses: one number for each record, never an average over the batch.
+
+A batch-level normaliser would let one record change the weight of another, and no clipping bounds
+that. Each loss here depends on its own row alone and is computed in float32 whatever the logits are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from dp_flash_attention.core.errors import InvalidInputError
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss (padding), as in PyTorch and Hugging Face."""
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each record, in nats.
+
+    Args:
+        logits: Shape [B, K], any floating dtype.
+        labels: Class indices, shape [B].
+
+    Returns:
+        Losses, shape [B], float32 (float64 for float64 logits).
+
+    Raises:
+        InvalidInputError: If the shapes do not fit.
+
+    Guarantees:
+        Row i of the result depends on row i of the arguments alone.
+    """
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise InvalidInputError(
+            "labels shape",
+            tuple(labels.shape),
+            bound=f"[B] for logits of shape [B, K], here {list(logits.shape)}",
+            remedy="Pass one class index for each record.",
+        )
+    return cross_entropy(_at_least_float32(logits), labels, reduction="none")
+
+
+def language_model_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Mean next-token cross entropy of each record over its own counted tokens, in nats.
+
+    Args:
+        logits: Shape [B, T, V]; position t predicts token t + 1.
+        labels: Token ids aligned with the inputs (the Hugging Face convention), shape [B, T];
+            ``ignore_index`` where a token is not counted.
+        ignore_index: The label that carries no loss.
+
+    Returns:
+        Losses, shape [B], float32 (float64 for float64 logits). A record with no counted token has
+        loss 0 and gradient 0.
+
+    Raises:
+        InvalidInputError: If the shapes do not fit.
+
+    Guarantees:
+        Row i of the result depends on row i of the arguments alone: the divisor is that record's own
+        number of counted tokens, never the batch's.
+    """
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise InvalidInputError(
+            "labels shape",
+            tuple(labels.shape),
+            bound=f"[B, T] for logits of shape [B, T, V], here {list(logits.shape)}",
+            remedy="Pass the input ids with the ignored positions replaced by ignore_index.",
+        )
+    targets_BS = labels[:, 1:]
+    logits_BSV = _at_least_float32(logits[:, :-1])
+    losses_BS = cross_entropy(
+        logits_BSV.transpose(1, 2), targets_BS, ignore_index=ignore_index, reduction="none"
+    )
+    counts_B = (targets_BS != ignore_index).sum(dim=1)
+    return losses_BS.sum(dim=1) / counts_B.clamp(min=1)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
