@@ -47,9 +47,11 @@ def pld_epsilon(events: tuple[PrivacyEvent, ...], delta: float, *, grid_points: 
 
     Fewer ``grid_points`` are faster and looser, never lower than the true ε.
     """
+    # A δ this small drowns in the transforms' rounding. Rényi DP has no such floor.
+    if delta <= 2.0 * _rounding_error(events):
+        return _analytic_epsilon(events, delta)
     composed, slack = _compose(events, grid_points)
     if delta <= 2.0 * slack:
-        # A δ this small drowns in the transforms' rounding. Rényi DP has no such floor.
         return _analytic_epsilon(events, delta)
     return max(0.0, float(composed.get_epsilon_for_delta(delta - slack)))
 
@@ -87,10 +89,14 @@ def _compose(events: tuple[PrivacyEvent, ...], grid_points: int) -> tuple[Privac
         part = one if count == 1 else one.self_compose(count)
         composed = part if composed is None else composed.compose(part)
     assert composed is not None, "as_events() refuses an empty sequence"
-    num_steps = sum(count for _, count in parts)
     # At ε = −∞ the hockey-stick divergence is the total mass; what rounding lost of it could be loss.
     lost_mass = max(0.0, 1.0 - float(composed.get_delta_for_epsilon(-1e300)))
-    return composed, _ROUNDING_ERROR + _FOURIER_ERROR_PER_STEP * num_steps + lost_mass
+    return composed, _rounding_error(events) + lost_mass
+
+
+def _rounding_error(events: tuple[PrivacyEvent, ...]) -> float:
+    num_steps = sum(event.num_steps for event in events if isinstance(event, PoissonSampledGaussian))
+    return _ROUNDING_ERROR + _FOURIER_ERROR_PER_STEP * (num_steps + len(events))
 
 
 def _common_interval(steps: list[tuple[float, float, NeighboringRelation]], grid_points: int) -> float:

@@ -1,8 +1,8 @@
 """Rényi-DP bounds: the cross-check of the PLD accountant, computed independently of it.
 
 The Rényi divergence of a sampled Gaussian is summed here term by term, all terms positive: dp_accounting 0.6
-loses its digits where sampling is rare (it finds a negative divergence, and then reports ε = 0). The conversion
-to (ε, δ) is dp_accounting's.
+loses its digits where sampling is rare (it finds a negative divergence, and then reports ε = 0). The
+conversion to (ε, δ) is dp_accounting's.
 """
 
 from __future__ import annotations

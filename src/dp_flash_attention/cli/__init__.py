@@ -1,1 +1,1 @@
-""""""
+"""The command ``dpfa``: parse, call, print; nothing else."""

@@ -1,0 +1,41 @@
+"""What every test stands on: one thread per worker, fixed seeds, repeatable property tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+
+# Several workers share few cores, and the tensors here are small: more threads would only fight. Set before
+# torch or numpy are imported; a test about threads asks for them itself.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+# A test that would need a model hub has to fail at once, not wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis  # noqa: E402 - the lines above have to come first
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+# Derandomised: the same examples on every run, so that a failure is a change of the code and not of the dice.
+# No deadline: a shared machine is slow at times, and no test judges time.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Seeds the global generators with a number that follows from the test's own name.
+
+    The library never draws from them; tests do, for their inputs. Order and selection of tests do not matter.
+    """
+    seed = zlib.crc32(request.node.nodeid.encode())
+    np.random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A NumPy generator of the test's own, the same on every run."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
