@@ -86,7 +86,9 @@ class ClippedGradientAccumulator:
     @property
     def sums(self) -> dict[str, Tensor]:
         """The clipped sums since the last reset, by parameter name; float32 or better."""
-        return {name: self._sum(name) for name in self._parameters}
+        for name in self._parameters.keys() - self._sums.keys():
+            self._sums[name] = self._empty(name).zero_()
+        return {name: self._sums[name] for name in self._parameters}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -125,14 +127,16 @@ class ClippedGradientAccumulator:
             clip = flat_clip_factors(sq_norms_B, l2_clip_norm=self._l2_clip_norm, weights_B=weights_B)
             drop = bool(clip.not_finite_B.any())
             for name in self._parameters:
-                out = self._sum(name)
+                fresh = name not in self._sums
+                out = self._sums[name] = self._empty(name) if fresh else self._sums[name]
                 contributions = tape.contributions.pop(name)
                 while contributions:
                     # Popping frees each layer's activations as soon as they are used.
                     contribution: Contribution = contributions.pop()
                     if drop:
                         contribution = contribution.without(clip.not_finite_B)
-                    contribution.add_weighted_sum(clip.factors_B, out)
+                    contribution.add_weighted_sum(clip.factors_B, out, fresh=fresh)
+                    fresh = False
         return MicrobatchNorms(norms=sq_norms_B.sqrt(), losses=losses)
 
     def record(
@@ -162,13 +166,10 @@ class ClippedGradientAccumulator:
             parts = [combined_sq_norms(tape.contributions[name]) for name in self._parameters]
             return torch.stack(parts).sum(0)
 
-    def _sum(self, name: str) -> Tensor:
-        if name not in self._sums:
-            parameter = self._parameters[name]
-            dtype = accumulation_dtype(parameter)
-            # Row-major, so that rules can view the sum as a matrix.
-            self._sums[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        return self._sums[name]
+    def _empty(self, name: str) -> Tensor:
+        """Returns uninitialised, row-major memory for a sum; the first contribution overwrites it."""
+        parameter = self._parameters[name]
+        return torch.empty(parameter.shape, dtype=accumulation_dtype(parameter), device=parameter.device)
 
     def _checked_weights(self, weights: Tensor | None, batch_size: int, losses: Tensor) -> Tensor:
         if weights is None:

@@ -31,8 +31,14 @@ class Contribution(Protocol):
         """Returns the squared norm for each example, shape [B], float32 or better."""
         ...
 
-    def add_weighted_sum(self, factors_B: Tensor, out: Tensor) -> None:
-        """Adds ``Σ_i factors[i] · gradient_i`` to ``out``, which has the parameter's shape."""
+    def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
+        """Adds ``Σ_i factors[i] · gradient_i`` to ``out``, which has the parameter's shape.
+
+        Args:
+            factors_B: Clip factors.
+            out: The parameter's sum; with ``fresh`` its content is undefined and is overwritten.
+            fresh: Whether this is the first contribution.
+        """
         ...
 
     def dense(self, start: int, stop: int) -> Tensor:
@@ -68,7 +74,7 @@ class LinearContribution:
     def sq_norms(self) -> Tensor:
         return linear_sq_norms(self.x_BTD, self.g_BTP)
 
-    def add_weighted_sum(self, factors_B: Tensor, out: Tensor) -> None:
+    def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
         x_BTD, g_BTP = self.x_BTD, self.g_BTP
         out_2d = out.view(self._shape_2d())
         for start, stop in self._row_chunks():
@@ -80,10 +86,12 @@ class LinearContribution:
             else:
                 g = g * factors
             x_nD, g_nP = x.reshape(-1, x.shape[2]), g.reshape(-1, g.shape[2])
+            # beta = 0 ignores what the memory holds, NaN included.
+            beta = 0.0 if fresh and start == 0 else 1.0
             if self.input_first:
-                out_2d.addmm_(x_nD.mT, g_nP)
+                out_2d.addmm_(x_nD.mT, g_nP, beta=beta)
             else:
-                out_2d.addmm_(g_nP.mT, x_nD)
+                out_2d.addmm_(g_nP.mT, x_nD, beta=beta)
 
     def dense(self, start: int, stop: int) -> Tensor:
         dtype = accumulation_dtype(self.x_BTD, self.g_BTP)
@@ -144,7 +152,9 @@ class EmbeddingContribution:
         example_of_row = keys.div(self.weight_shape[0], rounding_mode="floor")
         return sq_norms_B.index_add_(0, example_of_row, torch.linalg.vecdot(rows, rows))
 
-    def add_weighted_sum(self, factors_B: Tensor, out: Tensor) -> None:
+    def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
+        if fresh:
+            out.zero_()
         g = self.g_BTD.to(out.dtype) * factors_B[:, None, None].to(out.dtype)
         out.index_add_(0, self.ids_BT.reshape(-1), g.view(-1, g.shape[2]))
 
@@ -176,9 +186,9 @@ class DenseContribution:
         flat = self.grads_B.flatten(1).to(accumulation_dtype(self.grads_B))
         return torch.linalg.vecdot(flat, flat)
 
-    def add_weighted_sum(self, factors_B: Tensor, out: Tensor) -> None:
+    def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
         flat = self.grads_B.flatten(1).to(out.dtype)
-        out.view(-1).addmv_(flat.mT, factors_B.to(out.dtype))
+        out.view(-1).addmv_(flat.mT, factors_B.to(out.dtype), beta=0.0 if fresh else 1.0)
 
     def dense(self, start: int, stop: int) -> Tensor:
         return self.grads_B[start:stop].to(accumulation_dtype(self.grads_B))

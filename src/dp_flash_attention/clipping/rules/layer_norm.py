@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from dp_flash_attention.clipping.contributions import DenseContribution
 from dp_flash_attention.clipping.tape import Tape
 
-# From this many numbers an example on, one fused backward call for each example beats the
-# vectorised form, which reads the activations four more times (2-core EPYC 7003: T x D = 128 x 64).
-_FUSED_FROM = 8192
-
 
 class _RecordingLayerNorm(torch.autograd.Function):
     """Layer normalisation whose backward pass records each example's gain and bias gradient."""
@@ -27,7 +23,7 @@ class _RecordingLayerNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         batch_size: int,
-        record: Callable[[Tensor, Tensor | None], None],
+        record: Callable[[Tensor, Tensor], None],
     ) -> Tensor:
         shape = weight.shape
         output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
@@ -40,52 +36,33 @@ class _RecordingLayerNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        size = ctx.batch_size
-        backward = _backward_fused if x.numel() >= _FUSED_FROM * size else _backward_vectorised
-        needs_input = ctx.needs_input_grad[0]
-        grad_input, gains, biases = backward(
-            grad_output.contiguous(), x.contiguous(), weight, bias, mean, rstd, size, needs_input
-        )
-        ctx.record(gains, biases)
+        grad_output = grad_output.contiguous()
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            grad_input = torch.ops.aten.native_layer_norm_backward(
+                grad_output, x, weight.shape, mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        ctx.record(*_gain_and_bias_gradients(grad_output, x, mean, rstd, weight.shape, ctx.batch_size))
         return grad_input, None, None, None, None, None
 
 
-_Grads = tuple[Tensor | None, Tensor, Tensor | None]
+def _gain_and_bias_gradients(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, shape: torch.Size, size: int
+) -> tuple[Tensor, Tensor]:
+    """Returns ``Σ_t g·(x - mean)·rstd`` and ``Σ_t g`` for each example, each [B, *shape].
 
-
-def _backward_fused(
-    g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor, size: int, needs: bool
-) -> _Grads:
-    """One call of torch's fused kernel for each example: no pass over memory beyond torch's own."""
-    rows = [t.reshape(size, -1, *t.shape[t.dim() - weight.dim() :]) for t in (g, x)]
-    stats = [t.reshape(size, -1, *[1] * weight.dim()) for t in (mean, rstd)]
-    has_bias = bias is not None
-    results = [
-        torch.ops.aten.native_layer_norm_backward(
-            rows[0][i], rows[1][i], weight.shape, stats[0][i], stats[1][i], weight, bias, [needs, True, has_bias]
-        )
-        for i in range(size)
-    ]
-    grad_input = torch.stack([r[0] for r in results]).view_as(x) if needs else None
-    gains = torch.stack([r[1] for r in results])
-    return grad_input, gains, torch.stack([r[2] for r in results]) if has_bias else None
-
-
-def _backward_vectorised(
-    g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor, size: int, needs: bool
-) -> _Grads:
-    """Few, small rows: one call for the inputs, one vectorised sum for gains and biases."""
-    grad_input = None
-    if needs:
-        grad_input = torch.ops.aten.native_layer_norm_backward(
-            g, x, weight.shape, mean, rstd, weight, bias, [True, False, False]
-        )[0]
+    Written as ``Σ_t rstd·(g·x) - Σ_t (mean·rstd)·g``, the row sums are small matrix products and only
+    ``g·x`` is formed: 0.8 ms where the plain form takes 5 and torch's own kernel, which sums over
+    the whole batch, 0.45 (B, T, D = 16, 128, 256, one core of an EPYC 7003).
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    rows = (size, -1, *weight.shape)
-    normalised = (x.to(dtype) - mean.to(dtype)) * rstd.to(dtype)
-    wide = g.to(dtype)
-    gains = (wide * normalised).reshape(rows).sum(1)
-    return grad_input, gains, wide.reshape(rows).sum(1) if bias is not None else None
+    rows = (size, -1, shape.numel())
+    g_BTD, x_BTD = g.reshape(rows).to(dtype), x.reshape(rows).to(dtype)
+    mean_BT1, rstd_BT1 = mean.reshape(size, -1, 1).to(dtype), rstd.reshape(size, -1, 1).to(dtype)
+    of_g_B2T = torch.cat([mean_BT1 * rstd_BT1, torch.ones_like(rstd_BT1)], 2).mT
+    of_mean_BD, biases_BD = torch.bmm(of_g_B2T, g_BTD).unbind(1)
+    gains_BD = torch.bmm(rstd_BT1.mT, g_BTD * x_BTD).squeeze(1) - of_mean_BD
+    return gains_BD.view(size, *shape), biases_BD.reshape(size, *shape)
 
 
 class LayerNormRule:
@@ -102,10 +79,10 @@ class LayerNormRule:
         assert isinstance(module, nn.LayerNorm)
         weight, bias, eps = module.weight, module.bias, module.eps
 
-        def record(gains: Tensor, biases: Tensor | None) -> None:
+        def record(gains: Tensor, biases: Tensor) -> None:
             if "weight" in parameters:
                 tape.record(parameters["weight"], DenseContribution(grads_B=gains))
-            if "bias" in parameters and biases is not None:
+            if "bias" in parameters:
                 tape.record(parameters["bias"], DenseContribution(grads_B=biases))
 
         def forward(input: Tensor) -> Tensor:
