@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from dp_flash_attention.core.errors import InvalidInputError
 
@@ -69,13 +69,13 @@ def language_model_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = I
             bound=f"[B, T] for logits of shape [B, T, V], here {list(logits.shape)}",
             remedy="Pass the input ids with the ignored positions replaced by ignore_index.",
         )
-    targets_BS = labels[:, 1:]
-    logits_BSV = _at_least_float32(logits[:, :-1])
-    losses_BS = cross_entropy(
-        logits_BSV.transpose(1, 2), targets_BS, ignore_index=ignore_index, reduction="none"
+    # The labels move, not the logits: a slice of them would be copied, B·T·V numbers.
+    targets_BT = pad(labels[:, 1:], (0, 1), value=ignore_index)
+    losses = cross_entropy(
+        _at_least_float32(logits).flatten(0, 1), targets_BT.flatten(), ignore_index=ignore_index, reduction="none"
     )
-    counts_B = (targets_BS != ignore_index).sum(dim=1)
-    return losses_BS.sum(dim=1) / counts_B.clamp(min=1)
+    counts_B = (targets_BT != ignore_index).sum(dim=1)
+    return losses.view(labels.shape).sum(dim=1) / counts_B.clamp(min=1)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
