@@ -218,8 +218,8 @@ class TextTransformer(nn.Module):
                 bound=f"at most seq_len = {self.config.seq_len}",
                 remedy="Truncate the text or configure a longer seq_len.",
             )
-        # Expanded over the batch, so that each record owns its rows of the position table's gradient.
-        positions_BT = torch.arange(length, device=input_ids.device).expand(batch_size, length)
+        # Repeated over the batch, so that each record owns its rows of the position table's gradient.
+        positions_BT = torch.arange(length, device=input_ids.device).repeat(batch_size, 1)
         x_BTD = self.embedding(input_ids) + self.positions(positions_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD)
