@@ -1,0 +1,34 @@
+"""Settings that can change a run's speed and memory, and never its privacy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dp_flash_attention.core.validation import positive_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How a plan is carried out.
+
+    The first two decide the order of floating-point additions, so a run is resumed with the values it was
+    started with; see ``trainer``.
+
+    Attributes:
+        microbatch_size: Rows of one forward and backward pass; every microbatch has this shape.
+        num_threads: Threads of PyTorch's operators; None keeps what is set.
+        checkpoint_every: Logical steps between checkpoints; the first and the last step always have one.
+
+    Raises:
+        InvalidInputError: If a value is not a whole number of at least 1.
+    """
+
+    microbatch_size: int = 64
+    num_threads: int | None = None
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        positive_int("microbatch_size", self.microbatch_size, remedy="Use the largest that fits into memory.")
+        positive_int("checkpoint_every", self.checkpoint_every, remedy="50 is a good start.")
+        if self.num_threads is not None:
+            positive_int("num_threads", self.num_threads, remedy="Use the number of cores, or None.")
