@@ -83,7 +83,7 @@ class ShuffledGaussian:
     Each unit enters exactly one batch per epoch, so there is no amplification by sampling to claim: the
     accountants charge one full Gaussian release of sensitivity 2C per epoch. Conditioned on the permutation
     that is exact, and hockey-stick divergences are jointly convex, so mixing over permutations cannot raise
-    it (Chua et al. 2024, "How Private are DP-SGD Implementations?", section 3). The bound needs both data
+    it (Chua et al. 2024, "How Private are DP-SGD Implementations?"). The bound needs both data
     sets to have the same size, hence replace-one only.
 
     Attributes:

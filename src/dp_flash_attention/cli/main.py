@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_exit_code(app(given, prog_name="dpfa", standalone_mode=False)))
     try:
         code = _exit_code(app(given, prog_name="dpfa", standalone_mode=False))
-    except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", INTERRUPTED)
+    except typer.Abort:
+        code = _fail("stopped before anything was done", INTERRUPTED)
     except BrokenPipeError:
         code = _silence_closed_pipe()
     except DPFlashAttentionError as error:
