@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from dp_flash_attention.core.validation import probability
 from dp_flash_attention.noise.entropy import NoiseKey
-from dp_flash_attention.noise.keystream import Domain, Indices, checked_count, checked_position
-from dp_flash_attention.noise.secure import Cipher, secure_keystream
+from dp_flash_attention.noise.keystream import (
+    Domain,
+    Indices,
+    checked_count,
+    checked_position,
+    new_buffer,
+)
+from dp_flash_attention.noise.secure import Cipher, CipherKeystream
 
-_CHUNK_WORDS = 1 << 16
+_CHUNK_WORDS: Final = 1 << 16
 
 
 class SecureBits:
@@ -28,17 +36,19 @@ class SecureBits:
         NoiseUnavailableError: If ``cryptography`` cannot be imported or lacks the cipher.
 
     Guarantees:
-        * Neighbouring relation: the coins of ``bernoulli_indices`` are per index, so adding or removing the last record leaves every
-          other record's coin as it was.
-        * Unit, sensitivity: the caller's. Public: ``prob``, cipher, layout. Secret: the key and which indices come out.
+        * Neighbouring relation: the coins of ``bernoulli_indices`` are per index, so adding or removing the
+          last record leaves every other record's coin as it was.
+        * Unit, sensitivity: the caller's. Public: ``prob``, cipher, layout. Secret: the key and which
+          indices come out.
         * Theorem: coins of distinct (step, index) are computationally independent; each is 1 with probability
-          floor(prob·2^64)/2^64, at most ``prob`` and less than 2^-64 below it. Rounding down keeps amplification by
-          sampling analysed at ``prob`` an upper bound, for ε grows with the sampling probability.
+          floor(prob·2^64)/2^64, at most ``prob`` and less than 2^-64 below it. Rounding down keeps
+          amplification by sampling analysed at ``prob`` an upper bound, for ε grows with the sampling
+          probability.
         * Source: NIST SP 800-38A, RFC 8439; Abadi et al. 2016 (Poisson sampling).
     """
 
     def __init__(self, key: NoiseKey, *, cipher: Cipher = "aes-256-ctr") -> None:
-        self._keystream = secure_keystream(key, cipher)
+        self._keystream = CipherKeystream(key, cipher)
         self.uses_test_key = key.is_test_key
 
     def uint64(self, n: int, *, step: int, stream: int = 0) -> npt.NDArray[np.uint64]:
@@ -49,7 +59,10 @@ class SecureBits:
         """
         count = checked_count("n", n)
         step, stream = checked_position(step, stream)
-        return np.concatenate([chunk for _, chunk in self._chunks(Domain.BITS, count, step, stream)] or [_no_words()])
+        words = np.empty(count, dtype=np.uint64)
+        for start, chunk in self._chunks(Domain.BITS, count, step, stream):
+            words[start : start + len(chunk)] = chunk
+        return words
 
     def bernoulli_indices(self, n: int, prob: float, *, step: int, stream: int = 0) -> Indices:
         """Returns the sorted indices below ``n`` whose coin at ``step`` shows 1, int64 [number of ones].
@@ -78,13 +91,14 @@ class SecureBits:
         ]
         return np.concatenate(found).astype(np.int64, copy=False) if found else np.empty(0, dtype=np.int64)
 
-    def _chunks(self, domain: Domain, count: int, step: int, stream: int):  # type: ignore[no-untyped-def]
-        reader = self._keystream.reader(domain, step=step, stream=stream)
+    def _chunks(
+        self, domain: Domain, count: int, step: int, stream: int
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+        """Yields (index of the first word, words); the words are valid until the next turn."""
+        source = self._keystream.at(step=step, stream=stream)
+        buffer = new_buffer(8 * min(count + 7, _CHUNK_WORDS))
         for start in range(0, count, _CHUNK_WORDS):
             size = min(_CHUNK_WORDS, count - start)
-            whole = -(-size // 8) * 8  # a multiple of either cipher's block
-            yield start, reader.read(8 * whole).view("<u8")[:size].astype(np.uint64)
-
-
-def _no_words() -> npt.NDArray[np.uint64]:
-    return np.empty(0, dtype=np.uint64)
+            num_bytes = -(-size // 8) * 64  # a whole number of either cipher's blocks
+            read = source.read(num_bytes, domain=domain, block=8 * start // source.block_bytes, buffer=buffer)
+            yield start, read.view("<u8")[:size]

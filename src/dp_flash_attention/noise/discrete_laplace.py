@@ -1,7 +1,7 @@
 """Exact two-sided geometric ("discrete Laplace") integers, in rational arithmetic.
 
-Follows Canonne, Kamath & Steinke 2020, "The Discrete Gaussian for Differential Privacy", algorithms 1 and 2. No floating-point
-number is computed, so there is no rounding to leak through.
+Follows Canonne, Kamath & Steinke 2020, "The Discrete Gaussian for Differential Privacy", algorithms 1 and
+2. No floating-point number is computed, so there is no rounding to leak through.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from numbers import Rational
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.noise.entropy import NoiseKey
-from dp_flash_attention.noise.keystream import Domain, Keystream, Reader, checked_position
-from dp_flash_attention.noise.secure import secure_keystream
+from dp_flash_attention.noise.keystream import Domain, Stream, checked_position, new_buffer
+from dp_flash_attention.noise.secure import CipherKeystream
 
 _READ_BYTES = 256
 
@@ -20,22 +20,27 @@ _READ_BYTES = 256
 class _Coins:
     """Exact uniform integers and Bernoulli coins from one key-stream position."""
 
-    def __init__(self, keystream: Keystream, step: int, stream: int) -> None:
-        self._reader: Reader = keystream.reader(Domain.DISCRETE_LAPLACE, step=step, stream=stream)
+    def __init__(self, source: Stream) -> None:
+        self._source = source
+        self._next_block = 0
         self._pool = b""
 
-    def _integer(self, num_bytes: int) -> int:
+    def _bits(self, num_bits: int) -> int:
+        num_bytes = (num_bits + 7) // 8
         while len(self._pool) < num_bytes:
-            self._pool += self._reader.read(_READ_BYTES).tobytes()
+            buffer, domain = new_buffer(_READ_BYTES), Domain.DISCRETE_LAPLACE
+            self._pool += self._source.read(
+                _READ_BYTES, domain=domain, block=self._next_block, buffer=buffer
+            ).tobytes()
+            self._next_block += _READ_BYTES // self._source.block_bytes
         taken, self._pool = self._pool[:num_bytes], self._pool[num_bytes:]
-        return int.from_bytes(taken, "little")
+        return int.from_bytes(taken, "little") >> (8 * num_bytes - num_bits)
 
     def below(self, bound: int) -> int:
         """Returns a uniform integer in [0, bound), by rejection."""
         num_bits = (bound - 1).bit_length()
-        num_bytes = (num_bits + 7) // 8
         while True:
-            value = self._integer(num_bytes) >> (8 * num_bytes - num_bits)
+            value = self._bits(num_bits)
             if value < bound:
                 return value
 
@@ -64,14 +69,14 @@ def discrete_laplace(scale: Rational | float, *, key: NoiseKey, step: int = 0, s
 
     Guarantees:
         * Neighbouring relation, unit, sensitivity: the caller's. Public: ``scale``. Secret: the key.
-        * Theorem: with truly random bits the law is exactly P(x) = (e^(1/s) - 1)/(e^(1/s) + 1)·e^(-|x|/s), so an integer
-          query of sensitivity Δ is (Δ/s, 0)-private; with AES-256-CTR bits, computationally so. The running time
-          depends on the value: do not let an observer time single draws.
+        * Theorem: with truly random bits the law is exactly P(x) = (e^(1/s) - 1)/(e^(1/s) + 1)·e^(-|x|/s),
+          so an integer query of sensitivity Δ is (Δ/s, 0)-private; with AES-256-CTR bits, computationally
+          so. The running time depends on the value: do not let an observer time single draws.
         * Source: Canonne, Kamath & Steinke 2020, algorithm 2; Ghosh, Roughgarden & Sundararajan 2009.
     """
     exact = _checked_scale(scale)
     step, stream = checked_position(step, stream)
-    coins = _Coins(secure_keystream(key), step, stream)
+    coins = _Coins(CipherKeystream(key, "aes-256-ctr").at(step=step, stream=stream))
     numerator, denominator = exact.numerator, exact.denominator
     while True:
         remainder = coins.below(numerator)

@@ -86,10 +86,10 @@ class SecretKey:
 
     def __init__(self, secret: bytes | bytearray) -> None:
         if not isinstance(secret, bytes | bytearray) or len(secret) != KEY_BYTES:
+            # Shows the kind and never the value: messages end up in logs.
             shown = f"{type(secret).__name__} of length {len(secret) if hasattr(secret, '__len__') else '?'}"
-            # The value itself is never put into a message: messages end up in logs.
             raise InvalidInputError(
-                "secret key", shown, bound=f"{KEY_BYTES} bytes", remedy="Use SecretKey.from_os() for a fresh one."
+                "secret key", shown, bound=f"{KEY_BYTES} bytes", remedy="Use SecretKey.from_os()."
             )
         self._secret: bytearray | None = bytearray(secret)
 
@@ -130,7 +130,7 @@ class SecretKey:
         """
         if self._secret is None:
             raise NoiseUnavailableError(
-                "This secret key is destroyed, but a living key is needed. Start a new run with SecretKey.from_os()."
+                "This secret key is destroyed, but a living one is needed. Start a new run with a new key."
             )
         return bytes(self._secret)
 
@@ -159,11 +159,11 @@ class SecretKey:
 
     def __reduce__(self) -> NoReturn:
         """Refuses to be pickled, so that ``torch.save`` of a session cannot write a secret by accident."""
-        raise TypeError("A SecretKey cannot be pickled or copied. Write export() to a file with mode 600 instead.")
+        raise TypeError("A SecretKey cannot be pickled or copied. Write export() to a file with mode 600.")
 
 
 class TestKey:
-    """A deterministic key made from a public label. **Anyone can subtract noise made with it.**
+    """A deterministic key made from a public label: anyone can subtract noise made with it.
 
     It is for tests only: generators built on one answer ``uses_test_key = True``, and the training room
     refuses to certify them.

@@ -8,7 +8,8 @@ Layout, so that a GPU kernel can reproduce the integers (all words little-endian
     block b         = philox4x64_10(counter, key): four words, 32 bytes, in order
 
 ``block + 1`` because NumPy's bit generator increments its counter before it produces a block. The counter's
-words are separate fields, and ``keystream.py`` bounds block, stream and step, so no two positions share a counter.
+words are separate fields, and ``keystream.py`` bounds block, stream and step, so no two positions share a
+counter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import struct
 import numpy as np
 
 from dp_flash_attention.noise.entropy import NoiseKey
-from dp_flash_attention.noise.keystream import Bytes, Domain, Indices, Reader, Words32
+from dp_flash_attention.noise.keystream import Bytes, Domain, Indices, Stream, Words32
 from dp_flash_attention.noise.writer import CounterNormalGenerator
 
 _MASK64 = (1 << 64) - 1
@@ -29,7 +30,7 @@ _ROUNDS = 10
 
 
 def philox4x64_block(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Returns one block of four uint64 words, in plain integer arithmetic (Salmon et al. 2011, section 3.3)."""
+    """Returns one block of four uint64 words, in plain integers (Salmon et al. 2011, section 3.3)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -44,42 +45,44 @@ def philox4x64_block(counter: tuple[int, int, int, int], key: tuple[int, int]) -
     return c0, c1, c2, c3
 
 
-class _PhiloxReader:
-    def __init__(self, generator: np.random.Philox) -> None:
-        self._generator = generator
+class _PhiloxStream:
+    block_bytes = 32
 
-    def read(self, num_bytes: int) -> Bytes:
-        """Returns the next ``num_bytes`` of the stream."""
-        return self._generator.random_raw(num_bytes // 8).astype("<u8", copy=False).view(np.uint8)
+    def __init__(self, key: tuple[int, int], step: int, stream: int) -> None:
+        self._key = key
+        self._step = step
+        self._stream = stream
+
+    def read(self, num_bytes: int, *, domain: Domain, block: int, buffer: Bytes) -> Bytes:
+        counter = np.array([block, (int(domain) << 32) | self._stream, self._step, 0], dtype=np.uint64)
+        philox = np.random.Philox(key=np.array(self._key, dtype=np.uint64), counter=counter)
+        return philox.random_raw(num_bytes // 8).astype("<u8", copy=False).view(np.uint8)
+
+    def words32_at(self, indices: Indices, *, domain: Domain) -> Words32:
+        # A block in plain integers takes half the time of building a NumPy generator for it.
+        words = np.empty(len(indices), dtype=np.uint32)
+        for position, index in enumerate(indices.tolist()):
+            block, word = divmod(index, 8)
+            counter = (block + 1, (int(domain) << 32) | self._stream, self._step, 0)
+            pair = philox4x64_block(counter, self._key)[word >> 1]
+            words[position] = (pair >> 32 * (word & 1)) & 0xFFFFFFFF
+        return words
 
 
 class PhiloxKeystream:
-    """Philox4x64-10; the layout is in the module's docstring.
+    """The streams of Philox4x64-10; the layout is in the module's docstring.
 
     Args:
-        key: Master key; the stream uses a subkey of its own.
+        key: Master key; the streams use a subkey of their own.
     """
-
-    block_bytes = 32
 
     def __init__(self, key: NoiseKey) -> None:
         k0, k1 = struct.unpack("<QQ", key.derive("noise.keystream.philox4x64").export()[:16])
         self._key: tuple[int, int] = (k0, k1)
 
-    def reader(self, domain: Domain, *, step: int, stream: int, block: int = 0) -> Reader:
-        """Returns a reader that starts at ``block``."""
-        counter = np.array([block, (int(domain) << 32) | stream, step, 0], dtype=np.uint64)
-        return _PhiloxReader(np.random.Philox(key=np.array(self._key, dtype=np.uint64), counter=counter))
-
-    def words32_at(self, domain: Domain, *, step: int, stream: int, indices: Indices) -> Words32:
-        """Returns single words; a block of plain integers is cheaper than building a NumPy generator."""
-        words = np.empty(len(indices), dtype=np.uint32)
-        for position, index in enumerate(indices.tolist()):
-            block, word = divmod(index, 8)
-            counter = (block + 1, (int(domain) << 32) | stream, step, 0)
-            pair = philox4x64_block(counter, self._key)[word >> 1]
-            words[position] = (pair >> 32 * (word & 1)) & 0xFFFFFFFF
-        return words
+    def at(self, *, step: int, stream: int) -> Stream:
+        """Returns the stream of a position."""
+        return _PhiloxStream(self._key, step, stream)
 
 
 class FastNormalGenerator(CounterNormalGenerator):
@@ -91,8 +94,8 @@ class FastNormalGenerator(CounterNormalGenerator):
     Guarantees:
         * Neighbouring relation, unit, sensitivity: the caller's; this object knows nothing about data.
         * Public: the layout. Philox is **not** a cipher: whoever sees enough outputs may recover its key.
-        * Theorem: none. It passes the BigCrush statistical tests (Salmon et al. 2011, section 5), so (ε, δ) analysed for ideal
-          normals holds only against observers who do not attack the generator.
+        * Theorem: none. It passes the BigCrush statistical tests (Salmon et al. 2011, section 5), so (ε, δ)
+          analysed for ideal normals holds only against observers who do not attack the generator.
         * Source: Salmon, Moraes, Dror & Shaw 2011 (Philox), Box & Muller 1958.
     """
 

@@ -37,10 +37,11 @@ def make_generator(name: NoiseName, key: NoiseKey) -> NormalGenerator:
 
     Raises:
         InvalidInputError: If the name is unknown.
-        NoiseUnavailableError: If ``secure`` is asked for and ``cryptography`` is missing. There is no fallback.
+        NoiseUnavailableError: If ``secure`` is asked for and ``cryptography`` is missing. There is no
+            fallback.
     """
     if name == "secure":
         return SecureNormalGenerator(key)
     if name == "fast":
         return FastNormalGenerator(key)
-    raise InvalidInputError("noise", name, bound="'secure' or 'fast'", remedy="Use 'secure' for anything released.")
+    raise InvalidInputError("noise", name, bound="'secure' or 'fast'", remedy="Use 'secure' for releases.")

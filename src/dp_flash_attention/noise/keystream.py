@@ -1,15 +1,15 @@
 """The layout of random words: which position of which cipher stream each number comes from.
 
-A *position* is (key, purpose, domain, step, stream). Every position owns one stream of bytes with random
-access; different positions never share a byte. Streams are cut into tiles so that threads, chunks, a fill
-or an add, and a GPU kernel all read the same words for the same element:
+A *position* is (key, domain, step, stream). Every position owns one stream of bytes with random access, and
+different positions never share a byte. Streams are cut into tiles, so that threads, chunks, a fill, an add
+and a GPU kernel all read the same words for the same element:
 
-    float32, tile t of ``TILE_PAIRS`` = 512 pairs = 1,024 numbers = 4,096 bytes (little-endian uint32):
-        words [t*1024       , t*1024 +  512)  radius words of pairs t*512 ...
-        words [t*1024 +  512, t*1024 + 1024)  angle words of the same pairs
-        element t*1024 + i        is the first number of pair t*512 + i      (i < 512)
-        element t*1024 + 512 + i  is the second number of that pair
-    float64: the same with uint64 words, 8,192 bytes a tile, in a domain of its own.
+    float32, tile t of ``TILE_PAIRS`` = 1,024 pairs = 2,048 numbers = 8,192 bytes (little-endian uint32):
+        words t*2048        + i   radius word of pair t*1024 + i            (0 <= i < 1024)
+        words t*2048 + 1024 + i   angle word of the same pair
+        number t*2048        + i  first number of that pair
+        number t*2048 + 1024 + i  second number of that pair
+    float64: the same with uint64 words, 16,384 bytes a tile, in a domain of its own.
     refinement (float32 only): pair p reads uint32 word p of the domain ``FLOAT32_REFINEMENT``, and only if
         its radius word is below ``normals.REFINE_BELOW``.
 """
@@ -17,7 +17,7 @@ or an add, and a GPU kernel all read the same words for the same element:
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,16 @@ import numpy.typing as npt
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import non_negative_int
 
-TILE_PAIRS = 512
-TILE_NUMBERS = 2 * TILE_PAIRS
-MAX_STEP = 2**63 - 1
-MAX_STREAM = 2**32 - 1
-# 2^44 numbers of 8 bytes are 2^47 bytes: every cipher's block counter (layouts in secure.py, fast.py) holds that.
-MAX_NUMBERS = 2**44
+TILE_PAIRS: Final = 1024
+TILE_NUMBERS: Final = 2 * TILE_PAIRS
+MAX_STEP: Final = 2**63 - 1
+MAX_STREAM: Final = 2**32 - 1
+# 2^44 numbers of 8 bytes are 2^47 bytes, which every block counter (layouts in secure.py and fast.py) can
+# count.
+MAX_NUMBERS: Final = 2**44
+MAX_READ_BYTES: Final = 1 << 21
+# Some versions of cryptography want room behind the payload: a cipher block less one byte.
+_SLACK_BYTES: Final = 16
 
 Bytes = npt.NDArray[np.uint8]
 Words32 = npt.NDArray[np.uint32]
@@ -48,25 +52,37 @@ class Domain(IntEnum):
     DISCRETE_LAPLACE = 6
 
 
-class Reader(Protocol):
-    """Reads one position's stream forward. Not shared between threads."""
-
-    def read(self, num_bytes: int) -> Bytes:
-        """Returns the next ``num_bytes`` (a whole number of blocks), valid until the next call."""
-
-
-class Keystream(Protocol):
-    """Random access to the streams of one key. Immutable, so threads may share it."""
+class Stream(Protocol):
+    """The bytes of one (key, step, stream), with random access. Immutable: threads may share it."""
 
     @property
     def block_bytes(self) -> int:
         """Size of the unit that the counter counts."""
 
-    def reader(self, domain: Domain, *, step: int, stream: int, block: int = 0) -> Reader:
-        """Returns a reader whose first byte is the first byte of ``block``."""
+    def read(self, num_bytes: int, *, domain: Domain, block: int, buffer: Bytes) -> Bytes:
+        """Returns ``num_bytes`` that start at ``block``.
 
-    def words32_at(self, domain: Domain, *, step: int, stream: int, indices: Indices) -> Words32:
-        """Returns the little-endian uint32 words at ``indices`` of the stream."""
+        Args:
+            num_bytes: A whole number of blocks, at most ``MAX_READ_BYTES``.
+            domain: What the bytes are for.
+            block: Index of the first block.
+            buffer: Scratch from ``new_buffer(num_bytes)`` or larger; the result may lie in it.
+        """
+
+    def words32_at(self, indices: Indices, *, domain: Domain) -> Words32:
+        """Returns the little-endian uint32 words at ``indices``, counted in words."""
+
+
+class Keystream(Protocol):
+    """The streams of one key."""
+
+    def at(self, *, step: int, stream: int) -> Stream:
+        """Returns the stream of a position whose range was checked."""
+
+
+def new_buffer(num_bytes: int) -> Bytes:
+    """Returns scratch that ``Stream.read`` accepts for ``num_bytes``."""
+    return np.empty(num_bytes + _SLACK_BYTES, dtype=np.uint8)
 
 
 def checked_position(step: object, stream: object) -> tuple[int, int]:
@@ -79,9 +95,9 @@ def checked_position(step: object, stream: object) -> tuple[int, int]:
     checked_stream = non_negative_int("stream", stream, remedy="Number parameters from 0.")
     # A larger value would have to wrap round, and a wrapped position is a reused one.
     if checked_step > MAX_STEP:
-        raise InvalidInputError("step", step, bound=f"at most {MAX_STEP}", remedy="Start a new key instead.")
+        raise InvalidInputError("step", step, bound=f"at most {MAX_STEP}", remedy="Start a new key.")
     if checked_stream > MAX_STREAM:
-        raise InvalidInputError("stream", stream, bound=f"at most {MAX_STREAM}", remedy="Start a new key instead.")
+        raise InvalidInputError("stream", stream, bound=f"at most {MAX_STREAM}", remedy="Start a new key.")
     return checked_step, checked_stream
 
 
@@ -93,5 +109,5 @@ def checked_count(name: str, count: object) -> int:
     """
     checked = non_negative_int(name, count, remedy="Ask for a number of values.")
     if checked > MAX_NUMBERS:
-        raise InvalidInputError(name, count, bound=f"at most {MAX_NUMBERS}", remedy="Spread it over several streams.")
+        raise InvalidInputError(name, count, bound=f"at most {MAX_NUMBERS}", remedy="Use several streams.")
     return checked

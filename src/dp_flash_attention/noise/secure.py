@@ -6,18 +6,18 @@ Layout (all of it fixed, so that another implementation can reproduce the bytes)
     step key      = BLAKE2b-256(key = generator key, person = "dpfa.step.v1", data = uint64le(step))
 
     AES-256-CTR   initial counter block, 16 bytes, big-endian as NIST SP 800-38A increments it:
-                  [ domain : 4 | stream : 4 | block counter : 8 ]
+                  [ domain : 4 | stream : 4 | block : 8 ]
     ChaCha20      RFC 8439 state words 12..15, little-endian:
-                  [ block counter mod 2^32 : 4 | domain : 4 | stream : 4 | block counter div 2^32 : 4 ]
+                  [ block mod 2^32 : 4 | domain : 4 | stream : 4 | block div 2^32 : 4 ]
 
 Why positions never collide: different steps have different keys (up to a BLAKE2b collision, 2^-128 for 2^64
-steps); within a step the counter block holds (domain, stream, block) without overlap, and ``keystream.py`` bounds
-all three so that no field overflows into its neighbour.
+steps); within a step the counter block holds (domain, stream, block) without overlap, and ``keystream.py``
+bounds all three so that no field overflows into its neighbour.
 
 Why the birthday bound is small: AES is a permutation, so a counter stream never repeats a block where true
-randomness would. With b blocks under one step key that costs at most b^2 / 2^129 (PRP/PRF switching lemma, Bellare &
-Rogaway 2006). One step over 10^9 float32 parameters reads 2^28 blocks, hence 2^-73; 10^6 such steps, 2^-53. ChaCha20's block
-function is no permutation of its counter and has no such term.
+randomness would. With b blocks under one step key that costs at most b^2 / 2^129 (PRP/PRF switching lemma,
+Bellare & Rogaway 2006). One step over 10^9 float32 parameters reads 2^28 blocks, hence 2^-73; 10^6 such
+steps, 2^-53. ChaCha20's block function is no permutation of its counter and has no such term.
 """
 
 from __future__ import annotations
@@ -25,21 +25,29 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from dp_flash_attention.core.errors import InvalidInputError, NoiseUnavailableError
 from dp_flash_attention.noise.entropy import KEY_BYTES, NoiseKey
-from dp_flash_attention.noise.keystream import Bytes, Domain, Indices, Keystream, Reader, Words32
+from dp_flash_attention.noise.keystream import (
+    MAX_READ_BYTES,
+    Bytes,
+    Domain,
+    Indices,
+    Stream,
+    Words32,
+    new_buffer,
+)
 from dp_flash_attention.noise.writer import CounterNormalGenerator
 
 Cipher = Literal["aes-256-ctr", "chacha20"]
 
-_STEP_PERSON = b"dpfa.step.v1"
-_CHACHA_RUN_BLOCKS = 1 << 32
-# Some versions of cryptography ask for a cipher block of room behind the payload, less one byte.
-_UPDATE_SLACK_BYTES = 64
+_STEP_PERSON: Final = b"dpfa.step.v1"
+_CHACHA_RUN_BLOCKS: Final = 1 << 32
+# A cipher encrypts zeros: the ciphertext is the key-stream.
+_ZEROS: Final = memoryview(bytes(MAX_READ_BYTES))
 
 
 def _import_ciphers() -> tuple[Any, Any, Any]:
@@ -55,150 +63,101 @@ def _import_ciphers() -> tuple[Any, Any, Any]:
     return CipherContext, algorithms, modes
 
 
-def _probe(build: Callable[[], Reader], cipher: str) -> None:
-    """Encrypts one block, so that a cipher that this build of OpenSSL forbids fails now and not in training."""
-    try:
-        build().read(64)
-    except Exception as error:
-        raise NoiseUnavailableError(
-            f"Cipher {cipher!r} is not offered by the installed cryptography ({error}). "
-            "Choose the other one of 'aes-256-ctr' and 'chacha20', or install an unrestricted build."
-        ) from error
-
-
 def _step_key(generator_key: bytes, step: int) -> bytes:
-    return hashlib.blake2b(
-        struct.pack("<Q", step), key=generator_key, digest_size=KEY_BYTES, person=_STEP_PERSON
-    ).digest()
+    data = struct.pack("<Q", step)
+    return hashlib.blake2b(data, key=generator_key, digest_size=KEY_BYTES, person=_STEP_PERSON).digest()
 
 
-class _CipherReader:
-    """Encrypts zeros with a running cipher context: the ciphertext is the key-stream."""
-
-    def __init__(self, encryptor: Any) -> None:
-        self._encryptor = encryptor
-        self._zeros = np.zeros(0, dtype=np.uint8)
-        self._buffer = np.empty(0, dtype=np.uint8)
-
-    def read(self, num_bytes: int) -> Bytes:
-        """Returns the next ``num_bytes`` of the stream, valid until the next call."""
-        if len(self._zeros) < num_bytes:
-            self._zeros = np.zeros(num_bytes, dtype=np.uint8)
-            self._buffer = np.empty(num_bytes + _UPDATE_SLACK_BYTES, dtype=np.uint8)
-        # update_into releases the GIL, so several threads encrypt at the same time.
-        self._encryptor.update_into(self._zeros[:num_bytes], self._buffer)
-        return self._buffer[:num_bytes]
-
-
-class AesCtrKeystream:
-    """AES-256 in counter mode; the layout is in the module's docstring.
-
-    Args:
-        key: Master key; the stream uses a subkey of its own.
-
-    Raises:
-        NoiseUnavailableError: If ``cryptography`` cannot be imported or lacks the cipher.
-    """
-
+class _AesCtrStream:
     block_bytes = 16
 
-    def __init__(self, key: NoiseKey) -> None:
-        self._cipher, self._algorithms, self._modes = _import_ciphers()
-        self._key = key.derive("noise.keystream.aes-256-ctr").export()
-        _probe(lambda: self.reader(Domain.BITS, step=0, stream=0), "aes-256-ctr")
+    def __init__(self, ciphers: tuple[Any, Any, Any], step_key: bytes, stream: int) -> None:
+        self._context, algorithms, self._modes = ciphers
+        self._aes = algorithms.AES(step_key)
+        self._stream = stream
 
-    def reader(self, domain: Domain, *, step: int, stream: int, block: int = 0) -> Reader:
-        """Returns a reader that starts at ``block``."""
-        counter = struct.pack(">IIQ", domain, stream, block)
-        aes = self._algorithms.AES(_step_key(self._key, step))
-        return _CipherReader(self._cipher(aes, self._modes.CTR(counter)).encryptor())
+    def read(self, num_bytes: int, *, domain: Domain, block: int, buffer: Bytes) -> Bytes:
+        counter = struct.pack(">IIQ", domain, self._stream, block)
+        # update_into releases the GIL: several threads encrypt at the same time.
+        self._context(self._aes, self._modes.CTR(counter)).encryptor().update_into(_ZEROS[:num_bytes], buffer)
+        return buffer[:num_bytes]
 
-    def words32_at(self, domain: Domain, *, step: int, stream: int, indices: Indices) -> Words32:
-        """Returns single words: encrypts their counter blocks in one call."""
+    def words32_at(self, indices: Indices, *, domain: Domain) -> Words32:
         counters = np.empty((len(indices), 2), dtype=">u8")
-        counters[:, 0] = (int(domain) << 32) | stream
+        counters[:, 0] = (int(domain) << 32) | self._stream
         counters[:, 1] = indices >> 2
-        aes = self._algorithms.AES(_step_key(self._key, step))
-        # ECB of distinct counter blocks *is* counter mode, with random access.
-        blocks = self._cipher(aes, self._modes.ECB()).encryptor().update(counters.tobytes())
+        # ECB over counter blocks *is* counter mode, with random access.
+        blocks = self._context(self._aes, self._modes.ECB()).encryptor().update(counters.tobytes())
         words = np.frombuffer(blocks, dtype="<u4").reshape(-1, 4)
-        return words[np.arange(len(indices)), indices & 3].astype(np.uint32)
+        picked: Words32 = words[np.arange(len(indices)), indices & 3].astype(np.uint32)
+        return picked
 
 
-class _ChaChaReader:
-    """Joins runs of 2^32 blocks, where RFC 8439's block counter ends."""
-
-    def __init__(self, keystream: ChaCha20Keystream, prefix: bytes, key: bytes, block: int) -> None:
-        self._keystream, self._prefix, self._key, self._block = keystream, prefix, key, block
-        self._run: Reader | None = None
-
-    def read(self, num_bytes: int) -> Bytes:
-        """Returns the next ``num_bytes`` of the stream, valid until the next call."""
-        left = (_CHACHA_RUN_BLOCKS - self._block % _CHACHA_RUN_BLOCKS) * ChaCha20Keystream.block_bytes
-        if num_bytes > left:
-            head = self.read(left).copy()
-            return np.concatenate([head, self.read(num_bytes - left)])
-        if self._run is None or self._block % _CHACHA_RUN_BLOCKS == 0:
-            self._run = self._keystream.run(self._key, self._prefix, self._block)
-        self._block += num_bytes // ChaCha20Keystream.block_bytes
-        return self._run.read(num_bytes)
-
-
-class ChaCha20Keystream:
-    """ChaCha20 (RFC 8439); the layout is in the module's docstring.
-
-    Args:
-        key: Master key; the stream uses a subkey of its own.
-
-    Raises:
-        NoiseUnavailableError: If ``cryptography`` cannot be imported or lacks the cipher.
-    """
-
+class _ChaCha20Stream:
     block_bytes = 64
 
-    def __init__(self, key: NoiseKey) -> None:
-        self._cipher, self._algorithms, _ = _import_ciphers()
-        self._key = key.derive("noise.keystream.chacha20").export()
-        _probe(lambda: self.reader(Domain.BITS, step=0, stream=0), "chacha20")
+    def __init__(self, ciphers: tuple[Any, Any, Any], step_key: bytes, stream: int) -> None:
+        self._context, self._algorithms, _ = ciphers
+        self._key = step_key
+        self._stream = stream
 
-    def run(self, step_key: bytes, prefix: bytes, block: int) -> Reader:
-        """Returns a reader that may go to the next multiple of 2^32 blocks and not beyond."""
-        high, low = divmod(block, _CHACHA_RUN_BLOCKS)
-        nonce = struct.pack("<I", low) + prefix + struct.pack("<I", high)
-        return _CipherReader(self._cipher(self._algorithms.ChaCha20(step_key, nonce), mode=None).encryptor())
+    def read(self, num_bytes: int, *, domain: Domain, block: int, buffer: Bytes) -> Bytes:
+        done = 0
+        while done < num_bytes:
+            high, low = divmod(block + done // self.block_bytes, _CHACHA_RUN_BLOCKS)
+            # RFC 8439 ends a nonce's stream after 2^32 blocks; the next run has the next nonce.
+            size = min(num_bytes - done, (_CHACHA_RUN_BLOCKS - low) * self.block_bytes)
+            nonce = struct.pack("<IIII", low, domain, self._stream, high)
+            chacha = self._context(self._algorithms.ChaCha20(self._key, nonce), mode=None)
+            chacha.encryptor().update_into(_ZEROS[:size], buffer[done:])
+            done += size
+        return buffer[:num_bytes]
 
-    def reader(self, domain: Domain, *, step: int, stream: int, block: int = 0) -> Reader:
-        """Returns a reader that starts at ``block``."""
-        return _ChaChaReader(self, struct.pack("<II", domain, stream), _step_key(self._key, step), block)
-
-    def words32_at(self, domain: Domain, *, step: int, stream: int, indices: Indices) -> Words32:
-        """Returns single words, one cipher block each."""
-        prefix, step_key = struct.pack("<II", domain, stream), _step_key(self._key, step)
-        words = np.empty(len(indices), dtype=np.uint32)
+    def words32_at(self, indices: Indices, *, domain: Domain) -> Words32:
+        buffer, words = new_buffer(self.block_bytes), np.empty(len(indices), dtype=np.uint32)
         for position, index in enumerate(indices.tolist()):
-            block = self.run(step_key, prefix, index // 16).read(self.block_bytes)
+            block = self.read(self.block_bytes, domain=domain, block=index // 16, buffer=buffer)
             words[position] = block.view("<u4")[index % 16]
         return words
 
 
-_KEYSTREAMS: dict[Cipher, Callable[[NoiseKey], Keystream]] = {
-    "aes-256-ctr": AesCtrKeystream,
-    "chacha20": ChaCha20Keystream,
+_STREAMS: Final[dict[Cipher, Callable[[tuple[Any, Any, Any], bytes, int], Stream]]] = {
+    "aes-256-ctr": _AesCtrStream,
+    "chacha20": _ChaCha20Stream,
 }
 
 
-def secure_keystream(key: NoiseKey, cipher: Cipher = "aes-256-ctr") -> Keystream:
-    """Returns the key-stream of ``cipher`` under ``key``.
+class CipherKeystream:
+    """The streams of a 256-bit cipher; the layout is in the module's docstring.
+
+    Args:
+        key: Master key; the streams use a subkey of their own.
+        cipher: ``"aes-256-ctr"`` or ``"chacha20"``.
 
     Raises:
         InvalidInputError: If the cipher is unknown.
         NoiseUnavailableError: If ``cryptography`` cannot be imported or lacks the cipher.
     """
-    if cipher not in _KEYSTREAMS:
-        raise InvalidInputError(
-            "cipher", cipher, bound=f"one of {', '.join(_KEYSTREAMS)}", remedy="Use 'aes-256-ctr' if in doubt."
-        )
-    return _KEYSTREAMS[cipher](key)
+
+    def __init__(self, key: NoiseKey, cipher: Cipher) -> None:
+        if cipher not in _STREAMS:
+            bound = f"one of {', '.join(_STREAMS)}"
+            raise InvalidInputError("cipher", cipher, bound=bound, remedy="Use 'aes-256-ctr' if in doubt.")
+        self._ciphers = _import_ciphers()
+        self._stream_type = _STREAMS[cipher]
+        self._key = key.derive(f"noise.keystream.{cipher}").export()
+        try:
+            # A cipher that this build of OpenSSL forbids must fail now and not in the middle of training.
+            self.at(step=0, stream=0).read(64, domain=Domain.BITS, block=0, buffer=new_buffer(64))
+        except Exception as error:
+            raise NoiseUnavailableError(
+                f"Cipher {cipher!r} is refused by the installed cryptography ({error}). "
+                "Choose the other one of 'aes-256-ctr' and 'chacha20', or install an unrestricted build."
+            ) from error
+
+    def at(self, *, step: int, stream: int) -> Stream:
+        """Returns the stream of a position, under the step's own key."""
+        return self._stream_type(self._ciphers, _step_key(self._key, step), stream)
 
 
 class SecureNormalGenerator(CounterNormalGenerator):
@@ -216,8 +175,8 @@ class SecureNormalGenerator(CounterNormalGenerator):
         * Neighbouring relation, unit, sensitivity: the caller's; this object turns a standard deviation
           into noise and knows nothing about data.
         * Public: cipher, layout, step and stream numbers. Secret: the key.
-        * Theorem: if the cipher is a pseudo-random function, noise at all distinct (step, stream) positions is
-          computationally indistinguishable from independent uniform words put through Box and Muller's
+        * Theorem: if the cipher is a pseudo-random function, noise at all distinct (step, stream) positions
+          is computationally indistinguishable from independent uniform words put through Box and Muller's
           transform, whose distance from ideal normals is stated in ``normals.py``. (ε, δ) analysed for ideal
           normals then holds against computationally bounded observers, up to that distance.
         * Source: NIST SP 800-38A (CTR), RFC 8439 (ChaCha20), Box & Muller 1958, Mironov et al. 2009
@@ -227,5 +186,5 @@ class SecureNormalGenerator(CounterNormalGenerator):
     name = "secure"
 
     def __init__(self, key: NoiseKey, *, cipher: Cipher = "aes-256-ctr") -> None:
-        super().__init__(secure_keystream(key, cipher), uses_test_key=key.is_test_key)
+        super().__init__(CipherKeystream(key, cipher), uses_test_key=key.is_test_key)
         self.cipher = cipher

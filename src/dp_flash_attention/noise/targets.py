@@ -1,0 +1,100 @@
+"""Checks of what noise is written to, and the rounding of its scale."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dp_flash_attention.core.errors import InvalidInputError, NoiseUnavailableError
+from dp_flash_attention.core.validation import positive_finite
+from dp_flash_attention.noise.keystream import MAX_NUMBERS
+
+# The transform squares numbers between stddev * 2^-48 and stddev * 9.5; both ends must stay inside
+# float32's range.
+_MIN_FLOAT32_STDDEV: Final = 2.0**-40
+_MAX_FLOAT32_STDDEV: Final = 2.0**60
+
+
+def checked_stddev(stddev: object, dtype: torch.dtype) -> float:
+    """Returns ``stddev`` as a float.
+
+    Raises:
+        InvalidInputError: If it is not a positive finite number, or float32 noise would over- or underflow.
+    """
+    value = positive_finite(
+        "stddev",
+        stddev,
+        remedy="Pass the noise's absolute standard deviation (noise multiplier times clip norm).",
+    )
+    if dtype is torch.float32 and not _MIN_FLOAT32_STDDEV <= value <= _MAX_FLOAT32_STDDEV:
+        raise InvalidInputError(
+            "stddev", stddev, bound="between 2^-40 and 2^60 for float32", remedy="Rescale, or use float64."
+        )
+    return value
+
+
+def float32_two_variance(stddev: float) -> np.float32:
+    """Returns 2·stddev² rounded up: rounding may make the noise larger, never smaller than was accounted."""
+    exact = 2.0 * stddev * stddev
+    rounded = np.float32(exact)
+    return rounded if float(rounded) >= exact else np.nextafter(rounded, np.float32(np.inf))
+
+
+def checked_target(out: object) -> npt.NDArray[Any]:
+    """Returns ``out``'s memory as an array.
+
+    Raises:
+        InvalidInputError: If ``out`` is not a dense float32 or float64 tensor without overlap and gradient.
+        NoiseUnavailableError: If ``out`` is not on the CPU.
+    """
+    if not isinstance(out, Tensor):
+        raise InvalidInputError("out", type(out).__name__, bound="a torch.Tensor", remedy="Pass a tensor.")
+    if out.device.type != "cpu":
+        raise NoiseUnavailableError(
+            f"out is on device {str(out.device)!r}, but this generator writes to the CPU only. "
+            "Keep the sums on the CPU, or fill a CPU tensor and copy it over."
+        )
+    if out.dtype not in (torch.float32, torch.float64):
+        raise InvalidInputError(
+            "out.dtype",
+            out.dtype,
+            bound="float32 or float64 (narrower noise leaks through its rounding)",
+            remedy="Keep clipped sums and noise in float32 and convert after the noise is added.",
+        )
+    if out.layout is not torch.strided or out.is_neg():
+        raise InvalidInputError("out", out.layout, bound="a plain dense tensor", remedy="Pass a dense clone.")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InvalidInputError(
+            "out.requires_grad",
+            True,
+            bound="False outside torch.no_grad()",
+            remedy="Call under torch.no_grad().",
+        )
+    if out.numel() > MAX_NUMBERS:
+        raise InvalidInputError(
+            "out.numel()", out.numel(), bound=f"at most {MAX_NUMBERS}", remedy="Split it."
+        )
+    if _may_overlap(out):
+        raise InvalidInputError(
+            "out.stride()",
+            tuple(out.stride()),
+            bound="free of overlap, or elements would share noise",
+            remedy="Pass out.contiguous() or a clone.",
+        )
+    array: npt.NDArray[Any] = out.detach().numpy()
+    return array
+
+
+def _may_overlap(out: Tensor) -> bool:
+    """Whether two elements may lie at one address (an expanded tensor, a sliding window)."""
+    reach = 0
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
