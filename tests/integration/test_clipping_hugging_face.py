@@ -52,13 +52,20 @@ def bert() -> nn.Module:
 
 def opt() -> nn.Module:
     config = transformers.OPTConfig(
-        **SMALL, vocab_size=VOCABULARY, ffn_dim=40, word_embed_proj_dim=24, max_position_embeddings=64, dropout=0.0
+        **SMALL,
+        vocab_size=VOCABULARY,
+        ffn_dim=40,
+        word_embed_proj_dim=24,
+        max_position_embeddings=64,
+        dropout=0.0,
     )
     return transformers.OPTForCausalLM(config)
 
 
 def vit() -> nn.Module:
-    config = transformers.ViTConfig(**SMALL, **NO_DROPOUT, intermediate_size=40, image_size=12, patch_size=4, num_labels=3)
+    config = transformers.ViTConfig(
+        **SMALL, **NO_DROPOUT, intermediate_size=40, image_size=12, patch_size=4, num_labels=3
+    )
     return transformers.ViTForImageClassification(config)
 
 
@@ -91,7 +98,9 @@ TEXT_MODELS = [gpt2, llama_tied, mistral, gemma, qwen3, bert, opt]
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("build", [*TEXT_MODELS, vit], ids=lambda build: build.__name__)
-def test_norms_and_clipped_sums_are_exact(build: Callable[[], nn.Module], dtype: torch.dtype, tolerance: float) -> None:
+def test_norms_and_clipped_sums_are_exact(
+    build: Callable[[], nn.Module], dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
     model = build().to(dtype).train()
     loss_fn = image_loss(model) if build is vit else language_loss(model)

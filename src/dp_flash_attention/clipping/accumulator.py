@@ -23,7 +23,12 @@ from dp_flash_attention.clipping.contributions import Contribution, combined_sq_
 from dp_flash_attention.clipping.coverage import Recorded, plan_recording
 from dp_flash_attention.clipping.norms import accumulation_dtype
 from dp_flash_attention.clipping.tape import Tape
-from dp_flash_attention.core.errors import ExampleCouplingError, InvalidInputError, MissingRuleError, RunStateError
+from dp_flash_attention.core.errors import (
+    ExampleCouplingError,
+    InvalidInputError,
+    MissingRuleError,
+    RunStateError,
+)
 from dp_flash_attention.core.privacy import NeighboringRelation, Sensitivity
 from dp_flash_attention.core.validation import positive_finite, positive_int
 

@@ -72,9 +72,11 @@ class LinearContribution:
     input_first: bool = False
 
     def sq_norms(self) -> Tensor:
+        """Returns each example's squared gradient norm, shape [B], float32 or wider."""
         return linear_sq_norms(self.x_BTD, self.g_BTP)
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
+        """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""
         x_BTD, g_BTP = self.x_BTD, self.g_BTP
         out_2d = out.view(self._shape_2d())
         for start, stop in self._row_chunks():
@@ -94,12 +96,14 @@ class LinearContribution:
                 out_2d.addmm_(g_nP.mT, x_nD, beta=beta)
 
     def dense(self, start: int, stop: int) -> Tensor:
+        """Returns the gradients of examples ``start`` to ``stop`` in full, [stop - start, *shape]."""
         dtype = accumulation_dtype(self.x_BTD, self.g_BTP)
         x, g = self.x_BTD[start:stop].to(dtype), self.g_BTP[start:stop].to(dtype)
         grads = torch.bmm(x.mT, g) if self.input_first else torch.bmm(g.mT, x)
         return grads.view(stop - start, *self.weight_shape)
 
     def without(self, dropped_B: Tensor) -> LinearContribution:
+        """Returns the contribution with the gradients of the marked examples set to zero."""
         return LinearContribution(
             x_BTD=_zero_examples(self.x_BTD, dropped_B),
             g_BTP=_zero_examples(self.g_BTP, dropped_B),
@@ -139,6 +143,7 @@ class EmbeddingContribution:
     weight_shape: torch.Size
 
     def sq_norms(self) -> Tensor:
+        """Returns each example's squared gradient norm, shape [B], float32 or wider."""
         dtype = accumulation_dtype(self.g_BTD)
         size = self.ids_BT.shape[0]
         sq_norms_B = torch.zeros(size, dtype=dtype, device=self.g_BTD.device)
@@ -153,18 +158,21 @@ class EmbeddingContribution:
         return sq_norms_B.index_add_(0, example_of_row, torch.linalg.vecdot(rows, rows))
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
+        """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""
         if fresh:
             out.zero_()
         g = self.g_BTD.to(out.dtype) * factors_B[:, None, None].to(out.dtype)
         out.index_add_(0, self.ids_BT.reshape(-1), g.view(-1, g.shape[2]))
 
     def dense(self, start: int, stop: int) -> Tensor:
+        """Returns the gradients of examples ``start`` to ``stop`` in full, [stop - start, *shape]."""
         g = self.g_BTD[start:stop].to(accumulation_dtype(self.g_BTD))
         grads = torch.zeros(stop - start, *self.weight_shape, dtype=g.dtype, device=g.device)
         ids = self.ids_BT[start:stop, :, None].expand_as(g)
         return grads.scatter_add_(1, ids, g)
 
     def without(self, dropped_B: Tensor) -> EmbeddingContribution:
+        """Returns the contribution with the gradients of the marked examples set to zero."""
         return EmbeddingContribution(
             ids_BT=self.ids_BT,
             g_BTD=_zero_examples(self.g_BTD, dropped_B),
@@ -183,17 +191,21 @@ class DenseContribution:
     grads_B: Tensor
 
     def sq_norms(self) -> Tensor:
+        """Returns each example's squared gradient norm, shape [B], float32 or wider."""
         flat = self.grads_B.flatten(1).to(accumulation_dtype(self.grads_B))
         return torch.linalg.vecdot(flat, flat)
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
+        """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""
         flat = self.grads_B.flatten(1).to(out.dtype)
         out.view(-1).addmv_(flat.mT, factors_B.to(out.dtype), beta=0.0 if fresh else 1.0)
 
     def dense(self, start: int, stop: int) -> Tensor:
+        """Returns the gradients of examples ``start`` to ``stop`` in full, [stop - start, *shape]."""
         return self.grads_B[start:stop].to(accumulation_dtype(self.grads_B))
 
     def without(self, dropped_B: Tensor) -> DenseContribution:
+        """Returns the contribution with the gradients of the marked examples set to zero."""
         return DenseContribution(grads_B=_zero_examples(self.grads_B, dropped_B))
 
 
@@ -236,14 +248,13 @@ def _merge(contributions: Sequence[Contribution]) -> list[Contribution]:
 
 def _inner_products(first: Contribution, second: Contribution) -> Tensor:
     """Returns ``⟨first_i, second_i⟩`` for each example i, shape [B]."""
-    if isinstance(first, LinearContribution) and isinstance(second, LinearContribution):
-        if first.input_first == second.input_first:
+    if isinstance(first, LinearContribution):
+        if isinstance(second, LinearContribution) and first.input_first == second.input_first:
             dtype = accumulation_dtype(first.x_BTD, first.g_BTP)
             return gram_cross(
                 first.x_BTD.to(dtype), first.g_BTP.to(dtype), second.x_BTD.to(dtype), second.g_BTP.to(dtype)
             )
-    elif isinstance(first, LinearContribution) and isinstance(second, EmbeddingContribution):
-        if not first.input_first:
+        if isinstance(second, EmbeddingContribution) and not first.input_first:
             return _linear_embedding_inner_products(first, second)
     return _dense_inner_products(first, second)
 
@@ -271,5 +282,8 @@ def _linear_embedding_inner_products(head: LinearContribution, table: EmbeddingC
 def _dense_inner_products(first: Contribution, second: Contribution) -> Tensor:
     size = first.sq_norms().shape[0]
     return torch.stack(
-        [torch.dot(first.dense(i, i + 1).reshape(-1), second.dense(i, i + 1).reshape(-1)) for i in range(size)]
+        [
+            torch.dot(first.dense(i, i + 1).reshape(-1), second.dense(i, i + 1).reshape(-1))
+            for i in range(size)
+        ]
     )

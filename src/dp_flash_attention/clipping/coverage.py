@@ -52,7 +52,10 @@ def plan_recording(model: nn.Module, fallback_modules: Collection[str]) -> tuple
     canonical = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     if not canonical:
         raise InvalidInputError(
-            "model", type(model).__name__, bound="a module with a trainable parameter", remedy="Unfreeze some of it."
+            "model",
+            type(model).__name__,
+            bound="a module with a trainable parameter",
+            remedy="Unfreeze some of it.",
         )
     _refuse_coupling(modules)
     recorded: list[Recorded] = []
@@ -63,14 +66,18 @@ def plan_recording(model: nn.Module, fallback_modules: Collection[str]) -> tuple
         if name in fallback_modules:
             paths = {path: canonical[id(p)] for path, p in module.named_parameters() if id(p) in canonical}
             if paths:
-                recorded.append(Recorded(name=name, module=module, rule=PerModuleFallback(), parameters=paths))
+                recorded.append(
+                    Recorded(name=name, module=module, rule=PerModuleFallback(), parameters=paths)
+                )
             continue
         own = {a: canonical[id(p)] for a, p in module.named_parameters(recurse=False) if id(p) in canonical}
         if not own:
             continue
         rule = find_rule(module)
         if rule is None:
-            without_rule.extend((p, f"{name}.{a} ({type(module).__name__})".lstrip(".")) for a, p in own.items())
+            without_rule.extend(
+                (p, f"{name}.{a} ({type(module).__name__})".lstrip(".")) for a, p in own.items()
+            )
         else:
             recorded.append(Recorded(name=name, module=module, rule=rule, parameters=own))
     # A second name of a parameter that another module records (BERT's decoder bias) needs no rule

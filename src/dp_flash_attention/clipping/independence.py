@@ -51,7 +51,10 @@ def check_examples_independent(
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if not leaves or any(leaf.dim() == 0 or leaf.shape[0] == 0 for leaf in leaves):
         raise InvalidInputError(
-            "inputs", [tuple(leaf.shape) for leaf in leaves], bound="tensors with at least one row", remedy="Pass a batch."
+            "inputs",
+            [tuple(leaf.shape) for leaf in leaves],
+            bound="tensors with at least one row",
+            remedy="Pass a batch.",
         )
     with _state_restored(model):
         _check_buffers(model, loss_fn, inputs)

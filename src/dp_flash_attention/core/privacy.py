@@ -52,7 +52,9 @@ class Sensitivity:
     neighboring_relation: NeighboringRelation
 
     def __post_init__(self) -> None:
-        positive_finite("l2 sensitivity", self.l2, remedy="Bound the quantity first, for example by clipping.")
+        positive_finite(
+            "l2 sensitivity", self.l2, remedy="Bound the quantity first, for example by clipping."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

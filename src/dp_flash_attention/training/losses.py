@@ -72,7 +72,10 @@ def language_model_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = I
     # The labels move, not the logits: a slice of them would be copied, B·T·V numbers.
     targets_BT = pad(labels[:, 1:], (0, 1), value=ignore_index)
     losses = cross_entropy(
-        _at_least_float32(logits).flatten(0, 1), targets_BT.flatten(), ignore_index=ignore_index, reduction="none"
+        _at_least_float32(logits).flatten(0, 1),
+        targets_BT.flatten(),
+        ignore_index=ignore_index,
+        reduction="none",
     )
     counts_B = (targets_BT != ignore_index).sum(dim=1)
     return losses.view(labels.shape).sum(dim=1) / counts_B.clamp(min=1)

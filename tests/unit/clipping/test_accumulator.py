@@ -14,7 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dp_flash_attention.clipping import ClippedGradientAccumulator, contributions
 from dp_flash_attention.clipping.reference import clipped_sum, per_example_gradients
-from dp_flash_attention.core.errors import ExampleCouplingError, InvalidInputError, MissingRuleError, RunStateError
+from dp_flash_attention.core.errors import (
+    ExampleCouplingError,
+    InvalidInputError,
+    MissingRuleError,
+    RunStateError,
+)
 
 VOCABULARY, WIDTH = 23, 12
 
@@ -88,7 +93,9 @@ class Checkpointed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.inner = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)
+        )
         self.head = nn.Linear(WIDTH, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +157,9 @@ class Offset(nn.Module):
 
 CASES = {
     "linear": Case(lambda: Scored(nn.Linear(WIDTH, 7)), sequence(5)),
-    "linear_without_rows": Case(lambda: Scored(nn.Linear(WIDTH, 7)), lambda n, d: torch.randn(n, WIDTH, dtype=d)),
+    "linear_without_rows": Case(
+        lambda: Scored(nn.Linear(WIDTH, 7)), lambda n, d: torch.randn(n, WIDTH, dtype=d)
+    ),
     "linear_gram_tiles": Case(lambda: Scored(nn.Linear(WIDTH, 300), nn.Linear(300, 300)), sequence(259)),
     "linear_outer": Case(lambda: Scored(nn.Linear(WIDTH, 3)), sequence(200)),
     "linear_even_tiles": Case(lambda: Scored(nn.Linear(WIDTH, 400), nn.Linear(400, 400)), sequence(256)),
@@ -306,7 +315,9 @@ def test_gradients_and_forwards_are_left_as_they_were() -> None:
     model = CASES["linear"].build()
     kept = torch.ones_like(model.inner[0].weight)
     model.inner[0].weight.grad = kept
-    ClippedGradientAccumulator(model, l2_clip_norm=1.0).add(lambda: model(torch.randn(4, 5, WIDTH)), batch_size=4)
+    ClippedGradientAccumulator(model, l2_clip_norm=1.0).add(
+        lambda: model(torch.randn(4, 5, WIDTH)), batch_size=4
+    )
     assert model.inner[0].weight.grad is kept
     assert "forward" not in model.inner[0].__dict__
 
@@ -350,7 +361,9 @@ def test_autocast_norms_match_the_released_sum() -> None:
 
 
 def test_a_module_without_a_rule_is_named() -> None:
-    with pytest.raises(MissingRuleError, match=r"inner\.in_proj_weight \(MultiheadAttention\).*fallback_modules"):
+    with pytest.raises(
+        MissingRuleError, match=r"inner\.in_proj_weight \(MultiheadAttention\).*fallback_modules"
+    ):
         ClippedGradientAccumulator(Attention(), l2_clip_norm=1.0)
 
 
@@ -386,7 +399,9 @@ def test_an_unused_parameter_is_named() -> None:
     model = Scored(nn.Linear(WIDTH, 4))
     model.spare = nn.Linear(2, 2)
     with pytest.raises(MissingRuleError, match=r"spare\.weight.*saw no gradient"):
-        ClippedGradientAccumulator(model, l2_clip_norm=1.0).add(lambda: model(torch.randn(4, 5, WIDTH)), batch_size=4)
+        ClippedGradientAccumulator(model, l2_clip_norm=1.0).add(
+            lambda: model(torch.randn(4, 5, WIDTH)), batch_size=4
+        )
 
 
 @pytest.mark.parametrize("reduce", [Tensor.mean, lambda t: t[:-1], lambda t: t[:, None]])

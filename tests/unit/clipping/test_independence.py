@@ -98,7 +98,11 @@ class OneDimensionalIndices(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.classes, self.places, self.head = nn.Embedding(4, WIDTH), nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 4)
+        self.classes, self.places, self.head = (
+            nn.Embedding(4, WIDTH),
+            nn.Embedding(9, WIDTH),
+            nn.Linear(WIDTH, 4),
+        )
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         rows = x + self.classes(label)[:, None] + self.places(torch.arange(x.shape[1]))
@@ -121,7 +125,9 @@ def test_the_check_tells_indices_of_equal_shape_apart(inputs: Tensor, length: in
     for i in range(length):
         loss = model(x[i : i + 1], label[i : i + 1]).sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        assert float(norms[i]) == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4)
+        assert float(norms[i]) == pytest.approx(
+            float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4
+        )
 
 
 def test_inputs_without_rows_are_refused() -> None:

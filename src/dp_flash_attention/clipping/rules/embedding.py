@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 
 from dp_flash_attention.clipping.contributions import EmbeddingContribution
 from dp_flash_attention.clipping.tape import Tape
@@ -17,9 +17,7 @@ class _RecordingLookup(torch.autograd.Function):
     """``weight[ids]`` whose backward pass records (ids, g) instead of a table of gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, record: Callable[[Tensor, Tensor], None]
-    ) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.record = record
         return F.embedding(ids, weight)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 
 from dp_flash_attention.clipping.contributions import DenseContribution, LinearContribution
 from dp_flash_attention.clipping.tape import Tape

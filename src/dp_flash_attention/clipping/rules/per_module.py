@@ -39,18 +39,28 @@ class PerModuleFallback:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            mapped = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == tape.batch_size for leaf in leaves]
+            mapped = [
+                isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == tape.batch_size
+                for leaf in leaves
+            ]
             if not any(mapped):
                 raise ExampleCouplingError(
                     f"module {name!r} received no tensor with leading dimension {tape.batch_size}, so its calls "
                     f"cannot be credited to examples. Put the batch dimension first."
                 )
-            copies = {path: per_example_copies(p, name=parameters[path], tape=tape) for path, p in own.items()}
+            copies = {
+                path: per_example_copies(p, name=parameters[path], tape=tape) for path, p in own.items()
+            }
 
             def one_example(values: dict[str, Tensor], *items: Any) -> Any:
-                batched = [item.unsqueeze(0) if is_mapped else item for item, is_mapped in zip(items, mapped, strict=True)]
+                batched = [
+                    item.unsqueeze(0) if is_mapped else item
+                    for item, is_mapped in zip(items, mapped, strict=True)
+                ]
                 call_args, call_kwargs = pytree.tree_unflatten(batched, spec)
-                outputs, structure = pytree.tree_flatten(_call_unpatched(module, values, call_args, call_kwargs))
+                outputs, structure = pytree.tree_flatten(
+                    _call_unpatched(module, values, call_args, call_kwargs)
+                )
                 # vmap returns tensors alone; whatever else the module returned is the same for all.
                 kept[:] = [_TENSOR if isinstance(o, Tensor) else o for o in outputs]
                 structures.append(structure)
@@ -61,14 +71,18 @@ class PerModuleFallback:
             in_dims = (0, *(0 if is_mapped else None for is_mapped in mapped))
             # The fused attention kernels have no batching rule; the plain one has.
             with sdpa_kernel(SDPBackend.MATH):
-                tensors = iter(torch.func.vmap(one_example, in_dims=in_dims, randomness="different")(copies, *leaves))
+                tensors = iter(
+                    torch.func.vmap(one_example, in_dims=in_dims, randomness="different")(copies, *leaves)
+                )
             outputs = [next(tensors) if leaf is _TENSOR else leaf for leaf in kept]
             return pytree.tree_unflatten(outputs, structures[-1])
 
         return forward
 
 
-def _call_unpatched(module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call_unpatched(
+    module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     replacement = module.__dict__.pop("forward")
     try:
         return torch.func.functional_call(module, values, args, kwargs)

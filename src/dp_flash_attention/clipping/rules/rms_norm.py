@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 
 from dp_flash_attention.clipping.rules.broadcast import call_with_attributes, per_example_copies
 from dp_flash_attention.clipping.tape import Tape
@@ -20,7 +20,9 @@ class RMSNormRule:
         own = list(module.parameters(recurse=False))
         named = type(module) is nn.RMSNorm or type(module).__name__.endswith("RMSNorm")
         weight = getattr(module, "weight", None)
-        return named and len(own) == 1 and own[0] is weight and own[0].dim() == 1 and not list(module.children())
+        return (
+            named and len(own) == 1 and own[0] is weight and own[0].dim() == 1 and not list(module.children())
+        )
 
     def recording_forward(
         self, module: nn.Module, *, name: str, parameters: dict[str, str], tape: Tape
