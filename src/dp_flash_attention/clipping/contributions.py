@@ -193,7 +193,8 @@ class DenseContribution:
     def sq_norms(self) -> Tensor:
         """Returns each example's squared gradient norm, shape [B], float32 or wider."""
         flat = self.grads_B.flatten(1).to(accumulation_dtype(self.grads_B))
-        return torch.linalg.vecdot(flat, flat)
+        sq_norms_B: Tensor = torch.linalg.vecdot(flat, flat)
+        return sq_norms_B
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
         """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""

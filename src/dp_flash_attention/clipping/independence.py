@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def check_examples_independent(
         with _evaluating(model):
             for size in _PROBE_SIZES:
                 batch = _rows(inputs, range(size))
-                accumulator.record(lambda batch=batch: loss_fn(batch), batch_size=size, probing=True)
+                accumulator.record(partial(loss_fn, batch), batch_size=size, probing=True)
             for size in _PROBE_SIZES:
                 _check_alone_and_together(accumulator, model, loss_fn, inputs, size)
         _check_company(model, loss_fn, inputs)

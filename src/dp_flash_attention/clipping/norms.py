@@ -34,7 +34,8 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 def _dot_B(a_Bmn: Tensor, b_Bmn: Tensor) -> Tensor:
     """Returns the inner product of two matrices for each example."""
-    return torch.linalg.vecdot(a_Bmn.flatten(1), b_Bmn.flatten(1))
+    dots_B: Tensor = torch.linalg.vecdot(a_Bmn.flatten(1), b_Bmn.flatten(1))
+    return dots_B
 
 
 def gram_cross(x_BTD: Tensor, g_BTP: Tensor, y_BSD: Tensor, h_BSP: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Tests and the verification of kernels compare with this. Nothing on the fast pat
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def per_example_gradients(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = []
     for i in range(batch_size):
-        one = pytree.tree_map_only(Tensor, lambda leaf, i=i: leaf[i : i + 1], inputs)
+        one = pytree.tree_map_only(Tensor, itemgetter(slice(i, i + 1)), inputs)
         rows.append(torch.autograd.grad(loss_fn(one).sum(), list(parameters.values())))
     return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(parameters)}
 

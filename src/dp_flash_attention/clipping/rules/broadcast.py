@@ -25,7 +25,7 @@ class _PerExampleCopies(torch.autograd.Function):
         return parameter.unsqueeze(0).expand(batch_size, *parameter.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, None]:
         ctx.record(grad_output)
         return None, None, None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_input, conv2d_input
 
 from dp_flash_attention.clipping.contributions import DenseContribution, LinearContribution
 from dp_flash_attention.clipping.tape import Tape
@@ -38,15 +39,13 @@ class _RecordingConv(torch.autograd.Function):
             return convolve(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         module = ctx.module
         grad_input = None
         if ctx.needs_input_grad[0]:
-            of_input = (
-                torch.nn.grad.conv1d_input if isinstance(module, nn.Conv1d) else torch.nn.grad.conv2d_input
-            )
+            of_input = conv1d_input if isinstance(module, nn.Conv1d) else conv2d_input
             grad_input = of_input(
                 x.shape, weight, grad_output, module.stride, module.padding, module.dilation, module.groups
             )

@@ -23,7 +23,7 @@ class _RecordingLookup(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, None]:
         ctx.record(ctx.saved_tensors[0], grad_output)
         return None, None, None

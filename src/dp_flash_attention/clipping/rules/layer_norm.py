@@ -33,7 +33,7 @@ class _RecordingLayerNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         grad_output = grad_output.contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class _RecordingLinear(torch.autograd.Function):
         return F.linear(x, weight.mT if input_first else weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         grad_input = None
@@ -68,8 +68,7 @@ class LinearRule:
         self, module: nn.Module, *, name: str, parameters: dict[str, str], tape: Tape
     ) -> Callable[[Tensor], Tensor]:
         """See ``Rule.recording_forward``; inputs are [B, ..., D] or flattened [B·T, D]."""
-        weight: Tensor = module.weight
-        bias: Tensor | None = module.bias
+        weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
         input_first = not isinstance(module, nn.Linear)
 
         def record(x: Tensor, grad_output: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +28,7 @@ class RMSNormRule:
         self, module: nn.Module, *, name: str, parameters: dict[str, str], tape: Tape
     ) -> Callable[..., Tensor]:
         """See ``Rule.recording_forward``; inputs are [B, ..., D] or flattened [B·T, D]."""
-        weight: Tensor = module.weight
+        weight = cast(Tensor, module.weight)
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             x_BTD = tape.by_example(hidden_states, num_feature_dims=1, module=name)
