@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from dp_flash_attention.cli.account import account
+from dp_flash_attention.cli.train import train
 from dp_flash_attention.core.errors import DPFlashAttentionError
 
 USAGE_ERROR = 2
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("train")(train)
 app.command("account")(account)
 
 

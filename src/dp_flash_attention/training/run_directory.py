@@ -155,6 +155,24 @@ class RunDirectory:
             self.keys.destroy()
             self.keys = None
 
+    def discard(self) -> None:
+        """Removes a run that computed no step: its secrets, its record, and the directory if nothing else is there.
+
+        Raises:
+            RunStateError: If training has begun.
+        """
+        if self.status != "preparing":
+            raise RunStateError(f"{self.path} holds a run that has begun, but only an unused one is removed.")
+        destroy_secrets(self.path)
+        if self.keys is not None:
+            self.keys.destroy()
+            self.keys = None
+        for name in (_RECORD_FILE, _LOCK_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        self.close()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def check_space(self, checkpoint_bytes: int) -> None:
         """Checks that two checkpoints, one being written, and the results fit on the disk.
 

@@ -92,4 +92,5 @@ def _encode_categories(column: Any, categories: tuple[str, ...], num_buckets: in
     codes, distinct = pd.factorize(np.asarray(column, dtype=object))
     table = [encode_category("" if text is None else str(text), categories, num_buckets) for text in distinct]
     # factorize gives None and NaN the code -1, which picks the last entry.
-    return np.asarray([*table, 0], dtype=np.int32)[codes]
+    ids: Ids = np.asarray([*table, 0], dtype=np.int32)[codes]
+    return ids

@@ -1,0 +1,293 @@
+"""``dpfa train``: a private run from a file, or from the built-in data, to certificate and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dp_flash_attention.core.errors import InvalidInputError, RunStateError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dp_flash_attention.training.choices import Choices, RunRequest
+    from dp_flash_attention.training.pipeline import Observer, RunOutcome
+    from dp_flash_attention.training.plan import PrivacyPlan
+    from dp_flash_attention.training.tasks import Task
+
+_SOURCE_FACT = "source"
+_REQUEST_FACT = "request"
+_RUNS = Path("runs")
+
+
+def train(
+    context: typer.Context,
+    data: Annotated[
+        Path | None, typer.Option(help="A .csv, .jsonl or .parquet table; left out: the flights of 2013.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Column of --data to predict.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="Public JSON description of a table's columns; left out: inferred.")
+    ] = None,
+    epsilon: Annotated[float, typer.Option(help="Total ε of the run.")] = 1.0,
+    delta: Annotated[float | None, typer.Option(help="Total δ; below 1 / (number of records).")] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Bound C of a record's gradient norm.")] = None,
+    expected_batch_size: Annotated[int | None, typer.Option(help="Expected records in a step.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Expected passes over the records.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Instead of --epochs: number of steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
+    noise: Annotated[str, typer.Option(help="'secure', or 'fast' for research.")] = "secure",
+    dataset_size: Annotated[
+        int | None, typer.Option(help="Number of records, if it is public; left out: released with noise.")
+    ] = None,
+    holdout: Annotated[
+        float, typer.Option(help="Share of records kept for the evaluation; 0 for none.")
+    ] = 0.1,
+    twin: Annotated[
+        bool | None,
+        typer.Option(
+            "--twin/--no-twin",
+            help="Train the same model without privacy too; its scores are private data. Default: for the "
+            "built-in public data only.",
+        ),
+    ] = None,
+    microbatch_size: Annotated[
+        int | None, typer.Option(help="Rows of one forward pass; changes speed and memory only.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; changes speed only.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New or empty directory; left out: the next free one under runs/.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out, with the options it was started with."),
+    ] = False,
+) -> None:
+    """Train a transformer with differential privacy.
+
+    Without options: late arrivals among the 336,776 flights of 2013, at ε = 1, beside the same model without
+    privacy. A run leaves model.safetensors, certificate.json and report.html.
+
+    Example: dpfa train --data patients.csv --label readmitted --epsilon 3
+    """
+    from rich.console import Console
+
+    console = Console()
+    if resume:
+        if out is None:
+            raise InvalidInputError(
+                "--out",
+                None,
+                bound="given with --resume",
+                remedy="Name the directory of the run to go on with.",
+            )
+        _refuse_other_options(context)
+        source, request = _remembered(out)
+    else:
+        source = {
+            "data": None if data is None else str(data.resolve()),
+            "label": label,
+            "schema": None if schema is None else str(schema.resolve()),
+            "twin": twin,
+            "microbatch_size": microbatch_size,
+            "threads": threads,
+        }
+        request = _request(
+            epsilon=epsilon,
+            delta=delta,
+            l2_clip_norm=clip_norm,
+            expected_batch_size=expected_batch_size,
+            epochs=epochs,
+            num_steps=steps,
+            learning_rate=learning_rate,
+            noise=noise,
+            dataset_size=dataset_size,
+            holdout_prob=holdout,
+        )
+    _carry_out(source, request, out=out, resume=resume, console=console)
+
+
+def _refuse_other_options(context: typer.Context) -> None:
+    given = [
+        name
+        for name in context.params
+        if name not in ("out", "resume") and context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+    ]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise InvalidInputError(
+            options,
+            "given",
+            bound="left out with --resume, because a run goes on as it was started",
+            remedy="Give --out and --resume alone, or start a new run in another directory.",
+        )
+
+
+def _remembered(out: Path) -> tuple[dict[str, Any], RunRequest]:
+    import json
+
+    try:
+        facts = json.loads((out / "run.json").read_text(encoding="utf-8"))["facts"]
+        return facts[_SOURCE_FACT], _request(**facts[_REQUEST_FACT])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunStateError(
+            f"{out} holds no run that dpfa train can go on with. Check the directory's name; a run that was "
+            "stopped before its first step has spent nothing, and is started anew elsewhere."
+        ) from error
+
+
+def _request(**numbers: Any) -> RunRequest:
+    from dp_flash_attention.training.choices import RunRequest
+
+    return RunRequest(**numbers)
+
+
+def _carry_out(
+    source: dict[str, Any], request: RunRequest, *, out: Path | None, resume: bool, console: Console
+) -> None:
+    from dataclasses import asdict
+
+    from dp_flash_attention.report.run_files import write_reports
+    from dp_flash_attention.training.pipeline import run_private_training
+
+    with console.status("Reading the data"):
+        task = _task(source)
+    directory = _next_free_directory(task) if out is None else out
+    console.print(f"[bold]{task.name}[/bold]  ->  {directory}")
+    twin = source["twin"]
+    with _watching(console) as observer:
+        outcome = run_private_training(
+            task,
+            request,
+            out_dir=directory,
+            resume=resume,
+            facts={_SOURCE_FACT: source, _REQUEST_FACT: asdict(request)},
+            execution=_execution(task, source),
+            with_twin=task.is_public_data if twin is None else twin,
+            observer=observer,
+        )
+    write_reports(outcome, is_public_data=task.is_public_data)
+    _print_outcome(console, outcome, task)
+
+
+def _execution(task: Task, source: dict[str, Any]) -> Any:
+    from dp_flash_attention.training.execution import ExecutionConfig
+
+    size = source["microbatch_size"]
+    return ExecutionConfig(
+        microbatch_size=task.defaults.microbatch_size if size is None else size, num_threads=source["threads"]
+    )
+
+
+def _task(source: dict[str, Any]) -> Task:
+    from dp_flash_attention.training.data.schema import load_schema
+    from dp_flash_attention.training.tasks import flights_task, table_task
+
+    label, data, schema = source["label"], source["data"], source["schema"]
+    if data is None:
+        for name, value in (("--label", label), ("--schema", schema)):
+            if value is not None:
+                raise InvalidInputError(
+                    name, value, bound="given together with --data", remedy="Add --data FILE."
+                )
+        return flights_task()
+    if label is None:
+        raise InvalidInputError(
+            "--label", None, bound="the column of --data to predict", remedy="Add --label COLUMN."
+        )
+    return table_task(Path(data), label=label, schema=None if schema is None else load_schema(schema))
+
+
+def _next_free_directory(task: Task) -> Path:
+    stem = "flights" if task.is_public_data else "train"
+    number = 1
+    while (_RUNS / f"{stem}-{number}").exists():
+        number += 1
+    return _RUNS / f"{stem}-{number}"
+
+
+@contextmanager
+def _watching(console: Console) -> Iterator[Observer]:
+    """Yields an observer that draws progress; what it shows is public."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dp_flash_attention.training.pipeline import Observer
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        private, twin = (
+            progress.add_task(name, visible=False, note="") for name in ("private", "non-private")
+        )
+
+        def on_step(report: Any) -> None:
+            note = f"ε {report.epsilon_spent:.3f} spent, {report.examples_per_s:,.0f} examples/s"
+            progress.update(private, visible=True, completed=report.step, total=report.num_steps, note=note)
+
+        yield Observer(
+            on_phase=lambda phase: progress.console.print(f"{phase} ..."),
+            on_plan=lambda choices, plan: _print_choices(progress.console, choices, plan),
+            on_step=on_step,
+            on_twin_step=lambda step, total: progress.update(
+                twin, visible=True, completed=step, total=total, note="not private"
+            ),
+        )
+
+
+def _print_choices(console: Console, choices: Choices, plan: PrivacyPlan) -> None:
+    from rich.table import Table
+
+    table = Table("setting", "value", "why", box=None, pad_edge=False)
+    for name, value in {
+        "epsilon of training": plan.epsilon,
+        "delta": choices.delta,
+        "expected_batch_size": choices.expected_batch_size,
+        "sampling_prob": choices.sampling_prob,
+        "epochs": choices.num_steps * choices.sampling_prob,
+        "num_steps": choices.num_steps,
+        "l2_clip_norm": choices.l2_clip_norm,
+        "noise_multiplier": plan.noise_multiplier,
+        "learning_rate": choices.learning_rate,
+        "ema_decay": choices.ema_decay,
+    }.items():
+        table.add_row(
+            name, f"{value:.4g}" if isinstance(value, float) else str(value), _reason(name, choices)
+        )
+    console.print(table)
+
+
+def _reason(name: str, choices: Choices) -> str:
+    fixed = {
+        "epsilon of training": "the rest of the total pays for the number of records, unless that is public",
+        "noise_multiplier": "the least noise that keeps all steps within the budget",
+    }
+    return fixed.get(name, choices.reasons.get(name, ""))
+
+
+def _print_outcome(console: Console, outcome: RunOutcome, task: Task) -> None:
+    certificate = outcome.certificate.to_dict()
+    claim = certificate["claim"]
+    console.print(f"({claim['epsilon']:g}, {claim['delta']:g})-differentially private for each record.")
+    if outcome.evaluation is not None:
+        console.print(outcome.evaluation.summary())
+    if outcome.comparison is not None:
+        private, other = outcome.comparison["private"], outcome.comparison["non_private"]
+        if "auc" in private and task.is_public_data:
+            console.print(
+                f"Exact AUC (the data is public): {private['auc']:.4f} private, {other['auc']:.4f} without "
+                f"privacy, gap {other['auc'] - private['auc']:.4f}."
+            )
+    for name in ("report.html", "certificate.json", "model.safetensors"):
+        console.print(f"  {outcome.path / name}", soft_wrap=True)
+    console.print(
+        f"  {outcome.path / 'diagnostics'}: PRIVATE DATA, not covered by the guarantee", soft_wrap=True
+    )
