@@ -27,9 +27,21 @@ _RUNS = Path("runs")
 def train(
     context: typer.Context,
     data: Annotated[
-        Path | None, typer.Option(help="A .csv, .jsonl or .parquet table; left out: the flights of 2013.")
+        Path | None,
+        typer.Option(help="A .csv, .jsonl, .parquet or .txt file; left out: the flights of 2013."),
     ] = None,
-    label: Annotated[str | None, typer.Option(help="Column of --data to predict.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column of --data to predict; left out: a language model.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Column of --data with texts; with --label, they are classified."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a Hugging Face model and tokenizer to start from; for texts."),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens at which a text is cut.")] = None,
     schema: Annotated[
         Path | None, typer.Option(help="Public JSON description of a table's columns; left out: inferred.")
     ] = None,
@@ -70,7 +82,8 @@ def train(
     """Train a transformer with differential privacy.
 
     Without options: late arrivals among the 336,776 flights of 2013, at ε = 1, beside the same model without
-    privacy. A run leaves model.safetensors, certificate.json and report.html.
+    privacy. With --label: that column from all others, or from --text. Without: a language model of --text.
+    A run leaves model.safetensors, certificate.json and report.html.
 
     Example: dpfa train --data patients.csv --label readmitted --epsilon 3
     """
@@ -92,6 +105,9 @@ def train(
             "data": None if data is None else str(data.resolve()),
             "label": label,
             "schema": None if schema is None else str(schema.resolve()),
+            "text": text,
+            "model": None if model is None else str(model.resolve()),
+            "max_length": max_length,
             "twin": twin,
             "microbatch_size": microbatch_size,
             "threads": threads,
@@ -186,20 +202,35 @@ def _execution(task: Task, source: dict[str, Any]) -> Any:
 def _task(source: dict[str, Any]) -> Task:
     from dp_flash_attention.training.data.schema import load_schema
     from dp_flash_attention.training.tasks import flights_task, table_task
+    from dp_flash_attention.training.text_tasks import text_task
 
-    label, data, schema = source["label"], source["data"], source["schema"]
-    if data is None:
-        for name, value in (("--label", label), ("--schema", schema)):
-            if value is not None:
-                raise InvalidInputError(
-                    name, value, bound="given together with --data", remedy="Add --data FILE."
-                )
+    if source["data"] is None:
+        _refuse(source, ("label", "schema", "text", "model", "max_length"), "together with --data")
         return flights_task()
-    if label is None:
-        raise InvalidInputError(
-            "--label", None, bound="the column of --data to predict", remedy="Add --label COLUMN."
+    data, model, schema = Path(source["data"]), source["model"], source["schema"]
+    is_text = source["text"] is not None or model is not None or source["label"] is None
+    if is_text or data.suffix == ".txt":
+        _refuse(source, ("schema",), "for tables of fields, not for texts")
+        return text_task(
+            data,
+            text=source["text"],
+            label=source["label"],
+            model=None if model is None else Path(model),
+            max_length=source["max_length"],
         )
-    return table_task(Path(data), label=label, schema=None if schema is None else load_schema(schema))
+    _refuse(source, ("max_length",), "together with --text")
+    return table_task(
+        data, label=source["label"], schema=None if schema is None else load_schema(Path(schema))
+    )
+
+
+def _refuse(source: dict[str, Any], names: tuple[str, ...], bound: str) -> None:
+    for name in names:
+        if source[name] is not None:
+            option = "--" + name.replace("_", "-")
+            raise InvalidInputError(
+                option, source[name], bound=f"given {bound}", remedy="Leave it out, or see dpfa train --help."
+            )
 
 
 def _next_free_directory(task: Task) -> Path:

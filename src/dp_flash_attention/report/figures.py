@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 _PRIVATE = "#0b6bcb"
 _NON_PRIVATE = "#d9730d"
 _QUIET = "#8a94a3"
+_ANNOTATED_CLASSES = 12
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
+    "text.parse_math": False,  # names of classes and columns are the user's
     "axes.spines.right": False,
     "axes.edgecolor": _QUIET,
     "axes.titlesize": 11,
@@ -82,6 +84,33 @@ def score_svg(evaluation: Mapping[str, Any], classes: Sequence[str], score_bound
         axes.set(xlabel=f"score: log-odds of '{classes[1]}'", ylabel="records (with noise)")
         axes.set(title="Scores by true class")
         axes.legend()
+
+    return _svg(draw, (5.2, 4.6))
+
+
+def confusion_svg(counts: Sequence[Sequence[float]], classes: Sequence[str]) -> str:
+    """Draws a released confusion matrix, each row as shares of its class.
+
+    Args:
+        counts: Noisy number of records by true (row) and predicted class (column).
+        classes: Their names.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+
+    def draw(axes: Axes) -> None:
+        shares = [[max(0.0, cell) / max(1.0, sum(row)) for cell in row] for row in counts]
+        axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        if len(classes) <= _ANNOTATED_CLASSES:
+            for i, row in enumerate(shares):
+                for j, share in enumerate(row):
+                    axes.text(
+                        j, i, f"{share:.2f}", ha="center", va="center", color="w" if share > 0.5 else "k"
+                    )
+        axes.set(xlabel="predicted", ylabel="true", title="Confusion on the hold-out (with noise)")
 
     return _svg(draw, (5.2, 4.6))
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dp_flash_attention.report.figures import diagnostics_svg, epsilon_svg, roc_svg, score_svg
+from dp_flash_attention.report.figures import (
+    confusion_svg,
+    diagnostics_svg,
+    epsilon_svg,
+    roc_svg,
+    score_svg,
+)
 from dp_flash_attention.training.durable import write_atomically
-from dp_flash_attention.training.evaluation import SCORE_BOUND
+from dp_flash_attention.training.evaluation import (
+    SCORE_BOUND,
+    ClassifierEvaluation,
+    ConfusionEvaluation,
+    Evaluation,
+    LanguageModelEvaluation,
+)
 
 if TYPE_CHECKING:
     from dp_flash_attention.training.pipeline import RunOutcome
@@ -39,7 +51,7 @@ def write_reports(outcome: RunOutcome, *, is_public_data: bool = False) -> Path:
             "report.html.j2",
             certificate=certificate,
             figures=_public_figures(outcome, is_public_data=is_public_data),
-            evaluation=None if outcome.evaluation is None else outcome.evaluation.to_dict(),
+            headlines=_headlines(outcome.evaluation, certificate["task"]["classes"]),
             comparison=outcome.comparison if is_public_data else None,
             settings=_settings(certificate),
         ),
@@ -49,21 +61,53 @@ def write_reports(outcome: RunOutcome, *, is_public_data: bool = False) -> Path:
 
 
 def _public_figures(outcome: RunOutcome, *, is_public_data: bool) -> list[str]:
+    evaluation, classes = outcome.evaluation, outcome.certificate.to_dict()["task"]["classes"]
     figures = []
-    if outcome.evaluation is not None:
-        evaluation = outcome.evaluation.to_dict()
+    if isinstance(evaluation, ClassifierEvaluation):
         curves = None
         if is_public_data and outcome.comparison is not None:
             other = outcome.comparison["non_private"]
             curves = {f"without privacy: AUC {other['auc']:.3f}": other["roc"]}
-        classes = outcome.certificate.to_dict()["task"]["classes"]
-        figures += [roc_svg(evaluation, curves), score_svg(evaluation, classes, SCORE_BOUND)]
+        released = evaluation.to_dict()
+        figures += [roc_svg(released, curves), score_svg(released, classes, SCORE_BOUND)]
+    elif isinstance(evaluation, ConfusionEvaluation):
+        figures.append(confusion_svg(evaluation.counts, classes))
     plan = outcome.plan
     spent = plan.epsilon_schedule()
     stride = max(1, plan.num_steps // _POINTS)
     steps = [*range(0, plan.num_steps, stride), plan.num_steps]
     figures.append(epsilon_svg(steps, [spent(step) for step in steps], budget=plan.epsilon))
     return figures
+
+
+def _headlines(evaluation: Evaluation | None, classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the tiles (figure, what it is) of an evaluation."""
+    private = "on the hold-out, released privately; ± is the noise"
+    match evaluation:
+        case ClassifierEvaluation():
+            likelier = int(evaluation.positive_rate >= 0.5)
+            base = max(evaluation.positive_rate, 1 - evaluation.positive_rate)
+            return [
+                (f"{evaluation.auc:.3f} ± {evaluation.auc_standard_error:.3f}", f"AUC {private}"),
+                (
+                    f"{evaluation.accuracy:.1%}",
+                    f"accuracy; always '{classes[likelier]}' would have {base:.1%}",
+                ),
+            ]
+        case ConfusionEvaluation():
+            figure = f"{evaluation.accuracy:.1%} ± {evaluation.accuracy_standard_error:.1%}"
+            base = evaluation.largest_class_share
+            return [
+                (figure, f"accuracy {private}; the most frequent class alone would have {base:.1%}"),
+            ]
+        case LanguageModelEvaluation():
+            figure = f"{evaluation.nats_per_token:.3f} ± {evaluation.nats_standard_error:.3f}"
+            return [
+                (figure, f"nats a token {private}"),
+                (f"{evaluation.perplexity:.2f}", "perplexity of a token"),
+            ]
+        case _:
+            return []
 
 
 def _settings(certificate: Mapping[str, Any]) -> list[tuple[str, Any, str]]:

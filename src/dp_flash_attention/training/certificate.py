@@ -12,8 +12,8 @@ from typing import Any
 
 from dp_flash_attention.accounting import epsilon as accounted_epsilon
 from dp_flash_attention.core.errors import RunStateError
-from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.training.durable import write_atomically
+from dp_flash_attention.training.evaluation import Evaluation
 from dp_flash_attention.training.plan import PrivacyPlan
 
 _PACKAGES = ("dp-flash-attention", "torch", "numpy", "dp-accounting", "cryptography")
@@ -71,8 +71,7 @@ def build_certificate(
     plan: PrivacyPlan,
     count_release: Mapping[str, Any] | None,
     holdout_prob: float,
-    evaluation: Mapping[str, Any] | None,
-    evaluation_guarantee: Guarantee | None,
+    evaluation: Evaluation | None,
     total_epsilon: float,
     task: Mapping[str, Any],
     public_statements: Sequence[str],
@@ -86,8 +85,7 @@ def build_certificate(
         plan: What training carried out.
         count_release: How the number of training records was released; None if it was stated as public.
         holdout_prob: Probability of a record to be in the hold-out.
-        evaluation: The released evaluation.
-        evaluation_guarantee: Its five statements.
+        evaluation: The released evaluation; None without hold-out.
         total_epsilon: ε of the whole run; its δ is the plan's.
         task: Public description of the task.
         public_statements: What is taken as public about data and model.
@@ -108,14 +106,14 @@ def build_certificate(
             "parameters": plan.to_dict(),
         }
     )
-    if evaluation is not None and evaluation_guarantee is not None:
+    if evaluation is not None:
         mechanisms.append(
             {
                 "name": "evaluation",
                 "data": "hold-out",
-                "epsilon": evaluation["epsilon"],
-                "delta": evaluation["delta"],
-                "guarantee": asdict(evaluation_guarantee),
+                "epsilon": evaluation.epsilon,
+                "delta": evaluation.delta,
+                "guarantee": asdict(evaluation.guarantee),
             }
         )
     private = not uses_test_key
@@ -143,9 +141,7 @@ def build_certificate(
         }
         if private
         else {},
-        "estimated": {}
-        if evaluation is None
-        else {"auc": evaluation["auc"], "auc_standard_error_of_noise": evaluation["auc_standard_error"]},
+        "estimated": {} if evaluation is None else evaluation.estimates(),
         "assumed": [
             *_ASSUMED,
             *public_statements,

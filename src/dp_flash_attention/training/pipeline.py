@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dp_flash_attention.accounting import discrete_laplace_scale, split_budget
 from dp_flash_attention.clipping import ClippedGradientAccumulator, check_examples_independent
@@ -25,12 +25,7 @@ from dp_flash_attention.training.certificate import Certificate, build_certifica
 from dp_flash_attention.training.choices import Choices, RunRequest, choose
 from dp_flash_attention.training.data.split import Split, Subset, split_records
 from dp_flash_attention.training.durable import write_atomically
-from dp_flash_attention.training.evaluation import (
-    ClassifierEvaluation,
-    evaluate_classifier,
-    exact_auc,
-    exact_roc,
-)
+from dp_flash_attention.training.evaluation import Evaluation, ReleaseTerms, read_evaluation
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.progress import StepReport
@@ -81,7 +76,7 @@ class RunOutcome:
     plan: PrivacyPlan
     choices: Choices
     certificate: Certificate
-    evaluation: ClassifierEvaluation | None
+    evaluation: Evaluation | None
     comparison: Mapping[str, Any] | None
 
 
@@ -175,7 +170,7 @@ class _Run:
         self._train(choices, plan)
         evaluation = self._evaluate(plan)
         comparison = self._compare(choices)
-        self._write_companions()
+        task.write_companions(run.path)
         uses_test_key = bool(run.settings["uses_test_key"])
         # From here on nothing can be repeated: the secrets are gone, and what follows is made of facts alone.
         run.finish()
@@ -256,12 +251,12 @@ class _Run:
             on_step=self._watch.on_step,
         ).fit(Subset(task.dataset, self._split.train))
 
-    def _evaluate(self, plan: PrivacyPlan) -> ClassifierEvaluation | None:
+    def _evaluate(self, plan: PrivacyPlan) -> Evaluation | None:
         run, request, task = self._run, self._request, self._task
         if "evaluation" in run.facts:
             known = run.facts["evaluation"]
-            return None if known is None else ClassifierEvaluation.from_dict(known)
-        if request.holdout_prob == 0.0 or len(task.classes) != 2:
+            return None if known is None else read_evaluation(known)
+        if request.holdout_prob == 0.0:
             run.remember("evaluation", None)
             return None
         if run.keys is None or self._split is None:
@@ -269,15 +264,13 @@ class _Run:
                 f"{run.path} is finished but lacks its evaluation. Start a new run elsewhere."
             )
         self._watch.on_phase("Evaluating on the hold-out with differential privacy")
-        logits, labels = _logits(self._model, task, self._split.holdout)
-        evaluation = evaluate_classifier(
-            logits,
-            labels,
+        terms = ReleaseTerms(
             epsilon=request.epsilon,
             delta=plan.delta,
             key=run.keys.derive("evaluation"),
             noise=request.noise,
         )
+        evaluation = task.evaluate(self._model, Subset(task.dataset, self._split.holdout), terms)
         run.remember("evaluation", evaluation.to_dict())
         write_atomically(run.path / EVALUATION_FILE, _json(evaluation.to_dict()))
         return evaluation
@@ -305,23 +298,20 @@ class _Run:
             ema_decay=choices.ema_decay,
             on_step=self._watch.on_twin_step,
         )
+        holdout = Subset(task.dataset, self._split.holdout)
         comparison = {
-            "private": _exact_scores(*_logits(self._model, task, self._split.holdout), task),
-            "non_private": _exact_scores(*_logits(twin, task, self._split.holdout), task),
+            "private": task.exact_scores(self._model, holdout),
+            "non_private": task.exact_scores(twin, holdout),
         }
         write_atomically(path, _json(comparison))
         path.chmod(0o600)
         return comparison
 
-    def _write_companions(self) -> None:
-        path = self._run.path / "model.json"
-        write_atomically(path, _json(dict(self._task.describe_model)))
-
     def _certify(
         self,
         plan: PrivacyPlan,
         choices: Choices,
-        evaluation: ClassifierEvaluation | None,
+        evaluation: Evaluation | None,
         *,
         uses_test_key: bool,
     ) -> Certificate:
@@ -339,10 +329,9 @@ class _Run:
             plan=plan,
             count_release=count_release,
             holdout_prob=request.holdout_prob,
-            evaluation=None if evaluation is None else evaluation.to_dict(),
-            evaluation_guarantee=None if evaluation is None else evaluation.guarantee,
+            evaluation=evaluation,
             total_epsilon=request.epsilon,
-            task={"name": self._task.name, "classes": self._task.classes, **self._task.describe_model},
+            task={"name": self._task.name, "classes": self._task.classes, **self._task.settings},
             public_statements=self._task.public_statements,
             hyper_parameters={
                 "learning_rate": choices.learning_rate,
@@ -352,7 +341,7 @@ class _Run:
                 "reasons": dict(choices.reasons),
             },
             uses_test_key=uses_test_key,
-            released=("model.safetensors", "model.json", EVALUATION_FILE, "run.json", "checkpoints/"),
+            released=("model.safetensors and what describes it", EVALUATION_FILE, "run.json", "checkpoints/"),
         )
 
 
@@ -367,32 +356,6 @@ def _rehearse(model: nn.Module, task: Task, request: RunRequest) -> None:
 def _optimizer(model: nn.Module, choices: Choices) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.Adam(trained, lr=choices.learning_rate, betas=(0.9, choices.beta2))
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, task: Task, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns logits and labels of the records. Private data."""
-    was_training = model.training
-    model.eval()
-    logits, labels = [torch.empty(0, len(task.classes))], [torch.empty(0, dtype=torch.long)]
-    for part in torch.split(indices, _EVALUATION_ROWS):
-        if len(part):
-            inputs = task.dataset.take(part)
-            logits.append(task.outputs(model, inputs))
-            labels.append(inputs["label"])
-    model.train(was_training)
-    return torch.cat(logits), torch.cat(labels)
-
-
-def _exact_scores(logits: Tensor, labels: Tensor, task: Task) -> dict[str, Any]:
-    """Returns exact figures of the hold-out. Private data."""
-    loss = torch.nn.functional.cross_entropy(logits.double(), labels)
-    accuracy = (logits.argmax(1) == labels).double().mean()
-    figures: dict[str, Any] = {"log_loss": float(loss), "accuracy": float(accuracy)}
-    if len(task.classes) == 2:
-        scores = logits[:, 1] - logits[:, 0]
-        figures |= {"auc": exact_auc(scores, labels), "roc": exact_roc(scores, labels)}
-    return figures
 
 
 def _json(value: object) -> bytes:

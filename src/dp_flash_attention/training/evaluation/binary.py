@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dp_flash_attention.accounting import calibrate_noise_multiplier
 from dp_flash_attention.core.errors import InvalidInputError
-from dp_flash_attention.core.privacy import Guarantee, NeighboringRelation, PrivacyUnit
-from dp_flash_attention.noise import NoiseName, make_generator
-from dp_flash_attention.noise.entropy import NoiseKey
+from dp_flash_attention.core.privacy import Guarantee
+from dp_flash_attention.training.evaluation.terms import ReleaseTerms, evaluation_guarantee, release
 
 NUM_BINS = 64
 """Cells of each class's histogram: enough that ties within a cell cost the AUC less than 0.001 on spread-out
@@ -90,17 +88,19 @@ class ClassifierEvaluation:
         """Points (false positive rate, true positive rate), both non-decreasing from 0 to 1."""
         return _curve(self.negatives, self.positives)
 
+    kind: ClassVar[str] = "binary"
+
+    def estimates(self) -> dict[str, float]:
+        """Returns the figures for the certificate."""
+        return {"auc": self.auc, "auc_standard_error_of_noise": self.auc_standard_error}
+
     @property
     def guarantee(self) -> Guarantee:
         """The five statements, for the certificate."""
-        return Guarantee(
-            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-            privacy_unit=PrivacyUnit.EXAMPLE,
+        return evaluation_guarantee(
+            self,
             sensitivity="L2 norm 1 of the histograms of both classes: one record is one count in one cell",
             public=("cells", "score bound", "classes", "noise standard deviation"),
-            theorem=f"({self.epsilon:g}, {self.delta:g})-DP: one Gaussian mechanism; the figures are "
-            "post-processing",
-            source="Dwork & Roth 2014, Theorem A.1 and Proposition 2.1; Balle & Wang 2018, Theorem 8",
         )
 
     def summary(self) -> str:
@@ -114,6 +114,7 @@ class ClassifierEvaluation:
         """Returns the release and its figures as JSON values."""
         released = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         return released | {
+            "kind": self.kind,
             "auc": self.auc,
             "auc_standard_error": self.auc_standard_error,
             "positive_rate": self.positive_rate,
@@ -128,24 +129,13 @@ class ClassifierEvaluation:
         return cls(**known | {name: tuple(known[name]) for name in ("negatives", "positives")})
 
 
-def evaluate_classifier(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    epsilon: float,
-    delta: float,
-    key: NoiseKey,
-    noise: NoiseName = "secure",
-) -> ClassifierEvaluation:
+def evaluate_classifier(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> ClassifierEvaluation:
     """Releases the scores' histogram by class under (ε, δ)-DP.
 
     Args:
         logits: Shape [N, 2]; the score is their difference. N may be 0.
         labels: Class indices, shape [N].
-        epsilon: ε of the release.
-        delta: δ of the release.
-        key: Secret of the run, used for nothing else.
-        noise: Name of the generator.
+        terms: What the release may cost, and its secret.
 
     Raises:
         InvalidInputError: If a value is out of range or a logit is not finite; nothing is released.
@@ -168,12 +158,11 @@ def evaluate_classifier(
         raise InvalidInputError(
             "logits", "not finite", bound="finite", remedy="Training diverged: lower the learning rate."
         )
-    noise_stddev = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sampling_prob=1.0, num_steps=1)
     counts = class_histograms(logits[:, 1] - logits[:, 0], labels)
-    make_generator(noise, key).add_normal_(counts, stddev=noise_stddev, step=0, stream=0)
+    noise_stddev = release(counts, l2_sensitivity=1.0, terms=terms)
     return ClassifierEvaluation(
-        epsilon=float(epsilon),
-        delta=float(delta),
+        epsilon=float(terms.epsilon),
+        delta=float(terms.delta),
         noise_stddev=noise_stddev,
         negatives=tuple(counts[0].tolist()),
         positives=tuple(counts[1].tolist()),

@@ -1,0 +1,86 @@
+"""What the evaluations share: the terms of a release, the release itself, and its five statements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dp_flash_attention.accounting import calibrate_noise_multiplier
+from dp_flash_attention.core.privacy import Guarantee, NeighboringRelation, PrivacyUnit
+from dp_flash_attention.noise import NoiseName, make_generator
+from dp_flash_attention.noise.entropy import NoiseKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseTerms:
+    """What a release may cost, and its secret.
+
+    Attributes:
+        epsilon: ε of the release.
+        delta: δ of the release.
+        key: Secret of the run, used for this release and nothing else.
+        noise: Name of the generator.
+    """
+
+    epsilon: float
+    delta: float
+    key: NoiseKey
+    noise: NoiseName = "secure"
+
+
+class Evaluation(Protocol):
+    """A differentially private evaluation: a release, and figures computed from it alone."""
+
+    @property
+    def epsilon(self) -> float:
+        """ε of the release."""
+
+    @property
+    def delta(self) -> float:
+        """δ of the release."""
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """The five statements, for the certificate."""
+
+    def summary(self) -> str:
+        """Returns one line for people."""
+
+    def estimates(self) -> dict[str, float]:
+        """Returns the figures for the certificate."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the release and its figures as JSON values, with ``kind``."""
+
+
+def release(values: Tensor, *, l2_sensitivity: float, terms: ReleaseTerms) -> float:
+    """Adds the Gaussian noise that the terms ask for to ``values``, in place.
+
+    Args:
+        values: float32, of the stated sensitivity under add-or-remove.
+        l2_sensitivity: Its L2 sensitivity.
+        terms: ε, δ and the secret.
+
+    Returns:
+        The noise's standard deviation.
+    """
+    noise_stddev = l2_sensitivity * calibrate_noise_multiplier(
+        epsilon=terms.epsilon, delta=terms.delta, sampling_prob=1.0, num_steps=1
+    )
+    make_generator(terms.noise, terms.key).add_normal_(values, stddev=noise_stddev, step=0, stream=0)
+    return noise_stddev
+
+
+def evaluation_guarantee(evaluation: Any, *, sensitivity: str, public: tuple[str, ...]) -> Guarantee:
+    """Returns the five statements of a release by ``release``."""
+    return Guarantee(
+        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+        privacy_unit=PrivacyUnit.EXAMPLE,
+        sensitivity=sensitivity,
+        public=public,
+        theorem=f"({evaluation.epsilon:g}, {evaluation.delta:g})-DP: one Gaussian mechanism; the figures are "
+        "post-processing",
+        source="Dwork & Roth 2014, Theorem A.1 and Proposition 2.1; Balle & Wang 2018, Theorem 8",
+    )
