@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import sys
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 # Several workers share few cores, and the tensors here are small: more threads would only fight. Set before
 # torch or numpy are imported; a test about threads asks for them itself.
@@ -39,3 +43,35 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A NumPy generator of the test's own, the same on every run."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def small_table(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a .csv with one telling column, one of noise, one category, and the label ``kind``."""
+
+    def write(num_records: int = 300, classes: int = 2) -> Path:
+        draw = random.Random(0)
+        lines = ["telling,noise,letter,kind"]
+        for _ in range(num_records):
+            k = draw.randrange(classes)
+            lines.append(
+                f"{4 * k + draw.gauss(0, 1):.4f},{draw.gauss(0, 1):.4f},{draw.choice('xyz')},class{k}"
+            )
+        path = tmp_path_factory.mktemp("table") / "small.csv"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 120 short texts with the label ``mood``."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("texts") / "small.jsonl"
+    with path.open("w") as file:
+        for _ in range(120):
+            good = draw.random() < 0.5
+            text = " ".join(draw.choice(["good", "fine"] if good else ["bad", "poor"]) for _ in range(3))
+            file.write(json.dumps({"text": text, "mood": "up" if good else "down"}) + "\n")
+    return path

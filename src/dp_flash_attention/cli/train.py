@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _SOURCE_FACT = "source"
 _REQUEST_FACT = "request"
 _RUNS = Path("runs")
+_INTERRUPTED = 130
 
 
 def train(
@@ -78,7 +79,7 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with the run in --out, with the options it was started with."),
     ] = False,
-) -> None:
+) -> int:
     """Train a transformer with differential privacy.
 
     Without options: late arrivals among the 336,776 flights of 2013, at ε = 1, beside the same model without
@@ -124,7 +125,7 @@ def train(
             dataset_size=dataset_size,
             holdout_prob=holdout,
         )
-    _carry_out(source, request, out=out, resume=resume, console=console)
+    return _carry_out(source, request, out=out, resume=resume, console=console)
 
 
 def _refuse_other_options(context: typer.Context) -> None:
@@ -164,7 +165,8 @@ def _request(**numbers: Any) -> RunRequest:
 
 def _carry_out(
     source: dict[str, Any], request: RunRequest, *, out: Path | None, resume: bool, console: Console
-) -> None:
+) -> int:
+    """Returns the exit code."""
     from dataclasses import asdict
 
     from dp_flash_attention.report.run_files import write_reports
@@ -175,19 +177,27 @@ def _carry_out(
     directory = _next_free_directory(task) if out is None else out
     console.print(f"[bold]{task.name}[/bold]  ->  {directory}")
     twin = source["twin"]
-    with _watching(console) as observer:
-        outcome = run_private_training(
-            task,
-            request,
-            out_dir=directory,
-            resume=resume,
-            facts={_SOURCE_FACT: source, _REQUEST_FACT: asdict(request)},
-            execution=_execution(task, source),
-            with_twin=task.is_public_data if twin is None else twin,
-            observer=observer,
+    try:
+        with _watching(console) as observer:
+            outcome = run_private_training(
+                task,
+                request,
+                out_dir=directory,
+                resume=resume,
+                facts={_SOURCE_FACT: source, _REQUEST_FACT: asdict(request)},
+                execution=_execution(task, source),
+                with_twin=task.is_public_data if twin is None else twin,
+                observer=observer,
+            )
+    except KeyboardInterrupt:
+        typer.echo(
+            f"dpfa: stopped; everything so far is kept. Go on with: dpfa train --resume --out {directory}",
+            err=True,
         )
+        return _INTERRUPTED
     write_reports(outcome, is_public_data=task.is_public_data)
     _print_outcome(console, outcome, task)
+    return 0
 
 
 def _execution(task: Task, source: dict[str, Any]) -> Any:

@@ -155,7 +155,7 @@ def build_certificate(
         "hyper_parameters": dict(hyper_parameters),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
-    return Certificate(content=content)
+    return Certificate(content=json.loads(json.dumps(content)))
 
 
 def _statement(plan: PrivacyPlan, total_epsilon: float, *, uses_test_key: bool) -> str:

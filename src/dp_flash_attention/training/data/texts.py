@@ -160,13 +160,15 @@ def _lines(path: Path) -> list[str]:
 def _text_column(path: Path, columns: list[str], text: str | None, label: str | None) -> str:
     if text is not None:
         check_column(path, text, columns)
+        if text == label:
+            raise DataError(f"Column '{text}' of {path} cannot be both texts and labels. Choose another.")
         return text
     others = [column for column in columns if column != label]
     if _DEFAULT_COLUMN in others:
         return _DEFAULT_COLUMN
     if len(others) != 1:
         raise DataError(
-            f"{path} has the columns {', '.join(columns)}, but which holds the texts is not said. Add --text COLUMN, "
+            f"{path} has the columns {', '.join(columns)}, but which of them holds the texts is not said. Add --text COLUMN, "
             "or --label COLUMN to predict a column from the others."
         )
     return others[0]
