@@ -13,8 +13,8 @@ TESTS ?= tests
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 12
 
-demo: .venv/.demo ## train the default model privately on real data, with certificate and report, in runs/demo
-	$(BIN)/dpfa train --out runs/demo
+demo: .venv/.demo ## train the default model privately on real data, with certificate and report, under runs/
+	$(BIN)/dpfa train
 
 test: .venv/.dev ## run the tests
 	$(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) $(TESTS)
@@ -32,7 +32,7 @@ docs: .venv/.dev ## build the pages into site/; a broken link is an error
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/.dev ## run every benchmark and keep its measurements
-	@for file in benchmarks/*.py; do \
+	@for file in benchmarks/[a-z]*.py; do \
 		echo "$$file"; $(BIN)/python "$$file" --json > "benchmarks/results/$$(basename "$$file" .py).json" || exit 1; \
 	done
 

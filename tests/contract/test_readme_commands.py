@@ -1,9 +1,12 @@
-"""The reader of the README's commands, which CI runs."""
+"""What the README shows runs: the reader of its commands, which CI uses, and its Python."""
 
 import importlib.util
+import re
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "readme_commands.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / ".ci" / "readme_commands.py"
+README = ROOT / "README.md"
 
 TEXT = """
 # Title
@@ -41,3 +44,11 @@ def test_commands_are_found_joined_and_filtered():
         "dpfa account --epsilon 1",
         "make demo",
     ]
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "-DP" in capsys.readouterr().out
