@@ -26,7 +26,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _harness import Bar, Report, Row, emit, run_interleaved
-
 from dp_flash_attention.clipping import ClippedGradientAccumulator
 from dp_flash_attention.noise import SecretKey, make_generator
 from dp_flash_attention.training.losses import language_model_loss

@@ -21,7 +21,6 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _harness import Bar, Report, Row, emit
-
 from dp_flash_attention.training.choices import RunRequest
 from dp_flash_attention.training.pipeline import Observer, run_private_training
 from dp_flash_attention.training.tasks import Task, flights_task

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dp_flash_attention.training.tasks import Task
 
 _SOURCE_FACT = "source"
-_REQUEST_FACT = "request"
 _RUNS = Path("runs")
 _INTERRUPTED = 130
 
@@ -147,9 +146,11 @@ def _refuse_other_options(context: typer.Context) -> None:
 def _remembered(out: Path) -> tuple[dict[str, Any], RunRequest]:
     import json
 
+    from dp_flash_attention.training.pipeline import REQUEST_FACT
+
     try:
         facts = json.loads((out / "run.json").read_text(encoding="utf-8"))["facts"]
-        return facts[_SOURCE_FACT], _request(**facts[_REQUEST_FACT])
+        return facts[_SOURCE_FACT], _request(**facts[REQUEST_FACT])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunStateError(
             f"{out} holds no run that dpfa train can go on with. Check the directory's name; a run that was "
@@ -167,8 +168,6 @@ def _carry_out(
     source: dict[str, Any], request: RunRequest, *, out: Path | None, resume: bool, console: Console
 ) -> int:
     """Returns the exit code."""
-    from dataclasses import asdict
-
     from dp_flash_attention.report.run_files import write_reports
     from dp_flash_attention.training.pipeline import run_private_training
 
@@ -184,7 +183,7 @@ def _carry_out(
                 request,
                 out_dir=directory,
                 resume=resume,
-                facts={_SOURCE_FACT: source, _REQUEST_FACT: asdict(request)},
+                facts={_SOURCE_FACT: source},
                 execution=_execution(task, source),
                 with_twin=task.is_public_data if twin is None else twin,
                 observer=observer,

@@ -37,6 +37,7 @@ from dp_flash_attention.training.twin import train_without_privacy
 CERTIFICATE_FILE = "certificate.json"
 EVALUATION_FILE = "evaluation.json"
 COMPARISON_FILE = "comparison.json"
+REQUEST_FACT = "request"
 
 _EVALUATION_ROWS = 1024
 _REHEARSAL_ROWS = 3
@@ -130,7 +131,7 @@ def run_private_training(
         # Whatever may be wrong with the model or the loss shows before a directory is made or a count spent.
         _rehearse(model, task, request)
     with RunDirectory.open(out_dir, resume=resume, test_key=test_key) as run:
-        for name, value in (facts or {}).items():
+        for name, value in {**(facts or {}), REQUEST_FACT: asdict(request)}.items():
             run.remember(name, value)
         return _Run(task, request, run, model, execution, watch, with_twin).carry_out()
 
@@ -247,7 +248,7 @@ class _Run:
             execution=self._execution,
             lr_schedule=choices.learning_rate_factor,
             ema_decay=choices.ema_decay,
-            settings={"task": dict(task.settings), "request": asdict(self._request)},
+            settings={"task": dict(task.settings)},
             on_step=self._watch.on_step,
         ).fit(Subset(task.dataset, self._split.train))
 

@@ -201,14 +201,15 @@ def test_resuming_a_finished_run_changes_nothing(task, finished):
     assert results(finished.path) == before
 
 
-def test_a_run_is_not_resumed_with_other_numbers(task, tmp_path):
+@pytest.mark.parametrize(("stop", "where"), [(stop_at_phase, "Calibrating"), (stop_at_step, 2)])
+def test_a_run_is_not_resumed_with_other_numbers(task, tmp_path, stop, where):
+    # Before the first step already: the count was released at the first request's price.
     path = tmp_path / "run"
     with pytest.raises(Killed):
-        run_private_training(task, REQUEST, out_dir=path, test_key=KEY, observer=stop_at_step(None, 2))
-    with pytest.raises((RunStateError, InvalidInputError)):
-        run_private_training(task, replace(REQUEST, epsilon=20.0), out_dir=path, resume=True)
-    with pytest.raises((RunStateError, InvalidInputError)):
-        run_private_training(task, replace(REQUEST, holdout_prob=0.0), out_dir=path, resume=True)
+        run_private_training(task, REQUEST, out_dir=path, test_key=KEY, observer=stop(None, where))
+    for changes in ({"epsilon": 0.2}, {"holdout_prob": 0.0}, {"num_steps": 3}, {"noise": "fast"}):
+        with pytest.raises(RunStateError, match="recorded"):
+            run_private_training(task, replace(REQUEST, **changes), out_dir=path, resume=True)
 
 
 class WithBatchNorm(nn.Module):

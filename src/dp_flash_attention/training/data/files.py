@@ -25,6 +25,10 @@ SHOWN_LINES = 5
 """Errors name this many lines of a file."""
 
 
+# The csv module stops at 131,072 characters a cell; a record of text may well be longer.
+_MAX_CELL_CHARACTERS = 2**31 - 1
+
+
 def read_frame(path: Path) -> pd.DataFrame:
     """Reads a table of objects: texts as they stand in the file, numbers where its kind has them.
 
@@ -114,15 +118,21 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
     import pandas as pd
 
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        kept, bad = [], []
-        for row in rows:
-            if row and len(row) != len(header):
-                bad.append(rows.line_num)
-            elif row:
-                kept.append(row)
+    kept, bad = [], []
+    usual_limit = csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            for row in rows:
+                if row and len(row) != len(header):
+                    bad.append(rows.line_num)
+                elif row:
+                    kept.append(row)
+    except csv.Error as error:
+        raise DataError(f"{path} does not parse near line {rows.line_num}: {error}. Correct it.") from error
+    finally:
+        csv.field_size_limit(usual_limit)
     _refuse_bad_lines(path, bad, f"the header has {len(header)} columns and they have another number")
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
@@ -136,7 +146,8 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     records, bad = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    # Not splitlines(): JSON texts may hold U+2028 and its like as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
