@@ -170,10 +170,10 @@ def evaluate_classifier(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> 
 
 
 def class_histograms(scores: Tensor, labels: Tensor) -> Tensor:
-    """Counts records by class and by cell of their score, shape [2, NUM_BINS], float32. Private data."""
+    """Counts records by class and by cell of their score, shape [2, NUM_BINS], float64. Private data."""
     cells = ((scores.double() + SCORE_BOUND) * (NUM_BINS / (2 * SCORE_BOUND))).floor().long()
     cells = cells.clamp(0, NUM_BINS - 1) + NUM_BINS * labels
-    return torch.bincount(cells, minlength=2 * NUM_BINS).float().view(2, NUM_BINS)
+    return torch.bincount(cells, minlength=2 * NUM_BINS).double().view(2, NUM_BINS)
 
 
 def exact_auc(scores: Tensor, labels: Tensor) -> float:

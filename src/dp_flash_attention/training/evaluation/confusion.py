@@ -136,7 +136,7 @@ def evaluate_confusion(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> C
 
 
 def confusion_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """Counts records by true and predicted class, shape [K, K], float32. Private data."""
+    """Counts records by true and predicted class, shape [K, K], float64. Private data."""
     k = logits.shape[1]
     cells = labels * k + logits.argmax(dim=1)
-    return torch.bincount(cells, minlength=k * k).float().view(k, k)
+    return torch.bincount(cells, minlength=k * k).double().view(k, k)

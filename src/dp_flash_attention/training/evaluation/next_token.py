@@ -128,7 +128,7 @@ def evaluate_language_model(
             bound=f"in [0, {loss_bound * max_tokens:g}] over at most {max_tokens} tokens",
             remedy="Cut token losses off at loss_bound; if training diverged, lower the learning rate.",
         )
-    sums = shares.clamp(max=1.0).sum(dim=1).float()
+    sums = shares.clamp(max=1.0).sum(dim=1)
     noise_stddev = release(sums, l2_sensitivity=_L2_SENSITIVITY, terms=terms)
     return LanguageModelEvaluation(
         epsilon=float(terms.epsilon),
