@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from dp_flash_attention.clipping.coverage import (
     refuse_batch_statistics,
 )
 from dp_flash_attention.clipping.norms import accumulation_dtype
+from dp_flash_attention.clipping.precision import full_precision
 from dp_flash_attention.clipping.tape import Tape
 from dp_flash_attention.core.errors import (
     ExampleCouplingError,
@@ -143,7 +143,7 @@ class ClippedGradientAccumulator:
         return self._add_clipped(tape, losses, self._checked_weights(weights, batch_size, losses))
 
     def _add_clipped(self, tape: Tape, losses: Tensor, weights_B: Tensor) -> MicrobatchNorms:
-        with _full_precision(losses.device):
+        with full_precision(losses.device):
             sq_norms_B = self.sq_norms_of(tape)
             clip = flat_clip_factors(sq_norms_B, l2_clip_norm=self._l2_clip_norm, weights_B=weights_B)
             drop = bool(clip.not_finite_B.any())
@@ -191,7 +191,7 @@ class ClippedGradientAccumulator:
     def sq_norms_by_parameter(self, tape: Tape) -> dict[str, Tensor]:
         """Returns each example's squared gradient norm of each parameter, shape [B] each."""
         device = next(iter(self._parameters.values())).device
-        with _full_precision(device):
+        with full_precision(device):
             return {name: combined_sq_norms(tape.contributions[name]) for name in self._parameters}
 
     def _check_whole(self) -> None:
@@ -262,23 +262,6 @@ class ClippedGradientAccumulator:
                 f"{_listed(unseen)} is trainable but saw no gradient in this microbatch. Freeze it with "
                 f"requires_grad_(False) before making the model private, or use it in the loss."
             )
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Norms and sums: true float32, outside the caller's autocast, and off the forward pass's graph."""
-    # Under "high" or "medium" precision products of float32 matrices keep 10 or 7 bits of each factor.
-    cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
-    backends: tuple[Any, ...] = (cuda.matmul, mkldnn.matmul)  # type: ignore[attr-defined]  # not in its stub
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _check_losses(losses: object, batch_size: int) -> None:

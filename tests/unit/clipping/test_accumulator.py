@@ -360,7 +360,7 @@ def test_autocast_norms_match_the_released_sum() -> None:
 def test_a_microbatch_that_was_added_in_part_is_not_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catching an out-of-memory error and trying again would count examples twice."""
     torch.manual_seed(0)
-    model, inputs = Scored(nn.Linear(WIDTH, 7), nn.Linear(7, 3)), torch.randn(4, 5, WIDTH)
+    model, inputs = Scored(nn.Linear(WIDTH, 7), nn.Linear(7, 3)), torch.randn(4, 2, WIDTH)
     once = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
     once.add(lambda: model(inputs), batch_size=4)
     accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
@@ -403,7 +403,7 @@ def test_norms_use_full_float32_whatever_precision_products_have(monkeypatch: py
     torch.set_float32_matmul_precision("medium")
     try:
         ClippedGradientAccumulator(model, l2_clip_norm=1.0).add(
-            lambda: model(torch.randn(4, 5, WIDTH)), batch_size=4
+            lambda: model(torch.randn(4, 2, WIDTH)), batch_size=4
         )
         assert torch.get_float32_matmul_precision() == "medium"
     finally:

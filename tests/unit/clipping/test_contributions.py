@@ -15,6 +15,7 @@ from dp_flash_attention.clipping.contributions import (
     EmbeddingContribution,
     LinearContribution,
     combined_sq_norms,
+    linear_contribution,
 )
 
 B, ROWS, COLUMNS = 3, 11, 6
@@ -122,3 +123,36 @@ def test_ids_of_either_width_are_credited_to_their_own_example(ids_dtype: torch.
     wide = lookup()
     narrow = EmbeddingContribution(ids_BT=wide.ids_BT.to(ids_dtype), g_BTD=wide.g_BTD, weight_shape=SHAPE)
     torch.testing.assert_close(narrow.sq_norms(), wide.dense(0, B).square().sum((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dtype", "kind"),
+    [
+        (3, torch.float32, LinearContribution),  # 66 numbers a gradient, 51 recorded
+        (4, torch.float32, DenseContribution),  # 68 recorded
+        (7, torch.bfloat16, LinearContribution),  # 264 bytes, 238 recorded
+        (8, torch.bfloat16, DenseContribution),
+    ],
+)
+@pytest.mark.parametrize("is_input_first", [False, True])
+def test_the_smaller_record_is_kept(
+    num_rows: int, dtype: torch.dtype, kind: type[Contribution], is_input_first: bool
+) -> None:
+    sizes = (ROWS, COLUMNS) if is_input_first else (COLUMNS, ROWS)
+    x, g = (torch.randn(B, num_rows, size).to(dtype) for size in sizes)
+    kept = linear_contribution(x_BTD=x, g_BTP=g, weight_shape=SHAPE, input_first=is_input_first)
+    assert type(kept) is kind
+    whole = LinearContribution(
+        x_BTD=x.double(), g_BTP=g.double(), weight_shape=SHAPE, input_first=is_input_first
+    )
+    # Products of bfloat16 numbers are exact in float32, so only float32's own rounding is left.
+    torch.testing.assert_close(kept.dense(0, B).double(), whole.dense(0, B), rtol=1e-5, atol=1e-5)
+    assert kept.dense(0, B).dtype is torch.float32
+
+
+def test_a_gradient_formed_during_the_backward_pass_ignores_autocast_and_low_precision() -> None:
+    x, g = torch.randn(B, 40, COLUMNS), torch.randn(B, 40, ROWS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = linear_contribution(x_BTD=x, g_BTP=g, weight_shape=SHAPE)
+    assert isinstance(kept, DenseContribution)
+    torch.testing.assert_close(kept.grads_B, torch.einsum("btp,btd->bpd", g, x), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dp_flash_attention.clipping.contributions import LinearContribution
+from dp_flash_attention.clipping.contributions import Contribution, linear_contribution
 from dp_flash_attention.clipping.rules import linear
 from dp_flash_attention.clipping.rules.linear import LinearRule
 
@@ -56,10 +56,10 @@ def test_one_of_the_two_may_be_frozen(check_exact: Any, frozen: str) -> None:
 
 
 def test_a_forgotten_row_is_seen(check_fault_is_seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(*, x_BTD: Tensor, g_BTP: Tensor, **rest: Any) -> LinearContribution:
-        return LinearContribution(x_BTD=x_BTD[:, :-1], g_BTP=g_BTP[:, :-1], **rest)
+    def short(*, x_BTD: Tensor, g_BTP: Tensor, **rest: Any) -> Contribution:
+        return linear_contribution(x_BTD=x_BTD[:, :-1], g_BTP=g_BTP[:, :-1], **rest)
 
-    monkeypatch.setattr(linear, "LinearContribution", short)
+    monkeypatch.setattr(linear, "linear_contribution", short)
     check_fault_is_seen(nn.Linear(6, 5), torch.randn(4, 7, 6))
 
 
