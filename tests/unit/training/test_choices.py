@@ -68,7 +68,8 @@ def test_defaults_fit_any_count(count: int) -> None:
     assert 0.0 < choices.sampling_prob <= 1.0
     assert choices.num_steps >= 1
     assert default_delta(count) * count < 0.5
-    assert default_delta(count) * count >= 0.05 * 0.99 or count == 1
+    assert default_delta(count) <= 1e-5  # the count may be noisy and far too small
+    assert default_delta(count) * count >= 0.05 * 0.99 or default_delta(count) == 1e-5
     size = default_batch_size(count)
     assert 16 <= size <= 8192
     assert size & (size - 1) == 0
