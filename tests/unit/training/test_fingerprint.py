@@ -3,6 +3,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -107,6 +110,63 @@ def test_schedules_are_told_apart_by_every_value() -> None:
     assert fingerprint.schedule_settings(lambda step: math.nan, 2) is not None
 
 
-def test_functions_and_callable_objects_have_names() -> None:
-    assert fingerprint.function_name(torch.nn.functional.relu).endswith("functional.relu")
-    assert fingerprint.function_name(functools.partial(max)) == "functools.partial"
+def loss_with(constant: float, text: str = "x") -> Any:
+    def loss(value: Any, *, scale: float = 1.0) -> Any:
+        wanted = {"a", "b", "c", text}
+        return constant * value if value in wanted else (lambda v: v + 2)(value)
+
+    return loss
+
+
+class Loss:
+    def __call__(self, value: Any) -> Any:
+        return value
+
+
+def test_a_function_is_known_by_what_it_does() -> None:
+    def doubled(value: Any) -> Any:
+        return 2.0 * value
+
+    first = doubled
+
+    def doubled(value: Any) -> Any:
+        return 2.5 * value
+
+    assert fingerprint.function_settings(first) != fingerprint.function_settings(doubled)
+    assert fingerprint.function_settings(first).partition("#")[0].endswith("doubled")
+    captured = [loss_with(1.0), loss_with(2.0), loss_with(1.0, "y")]
+    assert len({fingerprint.function_settings(loss) for loss in captured}) == 3
+    assert fingerprint.function_settings(loss_with(1.0)) == fingerprint.function_settings(loss_with(1.0))
+    partials = [functools.partial(loss_with(1.0), scale=scale) for scale in (1.0, 2.0)]
+    assert fingerprint.function_settings(partials[0]) != fingerprint.function_settings(partials[1])
+    assert fingerprint.function_settings(Loss()) == fingerprint.function_settings(Loss())
+    assert fingerprint.function_settings(max).startswith("builtins.max")
+
+
+def test_a_function_has_the_same_settings_in_every_process() -> None:
+    """Sets of texts are ordered by a seed of the process, objects lie at other addresses."""
+    program = (
+        "from dp_flash_attention.training.fingerprint import function_settings, model_settings\n"
+        "from torch import nn\n"
+        "def loss(x, y=3): return x in {'a', 'b', 'c', 'd'} or (lambda z: z)\n"
+        "model = nn.Sequential(nn.Dropout(0.5))\n"
+        "model.extra_repr = lambda: repr(object())\n"
+        "print(function_settings(loss), model_settings(model))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def test_dropout_tells_models_apart() -> None:
+    found = [fingerprint.model_settings(nn.Sequential(nn.Linear(2, 2), nn.Dropout(p))) for p in (0.1, 0.5)]
+    assert found[0]["parameters"] == found[1]["parameters"]
+    assert found[0]["modules"] != found[1]["modules"]

@@ -47,6 +47,14 @@ def other_loss_fn(model: nn.Module, x: Tensor) -> Tensor:
     return loss_fn(model, x)
 
 
+def edited_loss_fn() -> Any:
+    def edited(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x)[:, 0] - 2 * x[:, 0]) ** 2
+
+    edited.__module__, edited.__qualname__ = loss_fn.__module__, loss_fn.__qualname__
+    return edited
+
+
 def records(n: int = 40) -> Tensor:
     return torch.randn(n, 4, generator=torch.Generator().manual_seed(3))
 
@@ -130,12 +138,14 @@ def test_a_finished_run_can_be_asked_again(unbroken: TrainingResult, tmp_path: P
         ({"lr": 0.06}, "optimizer.groups"),
         ({"optimizer": torch.optim.SGD}, "optimizer.class"),
         ({"loss_fn": other_loss_fn}, "loss_fn"),
+        ({"loss_fn": edited_loss_fn()}, "loss_fn"),
+        ({"model": nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.3), nn.Linear(5, 1))}, "model.modules"),
         ({"ema_decay": None}, "ema_decay"),
         ({"lr_schedule": lambda step: 0.5}, "lr_schedule"),
         ({"settings": {"cut": 3}}, "settings.cut"),
         ({"execution": ExecutionConfig(microbatch_size=5)}, "microbatch_size"),
         ({"fallback_modules": ("0",)}, "fallback_modules"),
-        ({"model": nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1))}, "model.parameters"),
+        ({"model": nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1))}, "model.modules"),
     ],
 )
 def test_a_run_is_not_resumed_with_anything_else(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
