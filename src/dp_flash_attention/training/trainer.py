@@ -260,7 +260,7 @@ class PrivateTrainer:
             "optimizer": self._optimizer_settings,
             "lr_schedule": fingerprint.schedule_settings(self._lr_schedule, self._plan.num_steps),
             "ema_decay": self._ema_decay,
-            "loss_fn": fingerprint.function_name(self._loss_fn),
+            "loss_fn": fingerprint.function_settings(self._loss_fn),
             "fallback_modules": sorted(self._fallback_modules),
             "microbatch_size": self._execution.microbatch_size,
             "settings": self._settings,
