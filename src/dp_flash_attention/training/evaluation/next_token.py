@@ -144,6 +144,8 @@ def evaluate_language_model(
 def token_losses(logits: Tensor, labels: Tensor, *, loss_bound: float) -> tuple[Tensor, Tensor]:
     """Returns each record's sum of token losses, cut off one by one, and its number of tokens. Private data.
 
+    A loss that is NaN counts as the bound: a refusal would show that there is such a record.
+
     Args:
         logits: Shape [B, T, V]; position t predicts token t + 1.
         labels: Token ids, ``IGNORE_INDEX`` where not counted, shape [B, T].
@@ -159,4 +161,6 @@ def token_losses(logits: Tensor, labels: Tensor, *, loss_bound: float) -> tuple[
         ignore_index=IGNORE_INDEX,
         reduction="none",
     ).view(targets_BT.shape)
-    return losses_BT.clamp(max=loss_bound).sum(dim=1), (targets_BT != IGNORE_INDEX).sum(dim=1)
+    return losses_BT.nan_to_num(nan=loss_bound).clamp(max=loss_bound).sum(dim=1), (
+        targets_BT != IGNORE_INDEX
+    ).sum(dim=1)

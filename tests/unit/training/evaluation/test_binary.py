@@ -137,12 +137,19 @@ def test_an_empty_hold_out_is_released_like_any_other() -> None:
     [
         (torch.zeros(3, 3), torch.zeros(3, dtype=torch.long)),
         (torch.zeros(3, 2), torch.zeros(4, dtype=torch.long)),
-        (torch.full((3, 2), torch.nan), torch.zeros(3, dtype=torch.long)),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(logits: Tensor, labels: Tensor) -> None:
     with pytest.raises(InvalidInputError, match="logits"):
         evaluate_classifier(logits, labels, TERMS)
+
+
+def test_a_record_without_a_finite_score_is_one_count_like_any_other() -> None:
+    scores, labels = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0]), torch.tensor([0, 1, 1, 0])
+    counts = class_histograms(scores, labels)
+    assert counts.sum() == 4
+    assert (counts[0, NUM_BINS // 2], counts[1, -1], counts[1, 0]) == (2, 1, 1)
+    evaluate_classifier(torch.full((3, 2), torch.nan), torch.zeros(3, dtype=torch.long), TERMS)
 
 
 def test_a_release_comes_back_from_json() -> None:

@@ -73,12 +73,18 @@ def test_noise_that_hides_everything_gives_no_figure_out_of_range() -> None:
     [
         (torch.zeros(3), torch.zeros(3, dtype=torch.long)),
         (torch.zeros(3, K), torch.zeros(4, dtype=torch.long)),
-        (torch.full((3, K), torch.inf), torch.zeros(3, dtype=torch.long)),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(logits: torch.Tensor, labels: torch.Tensor) -> None:
     with pytest.raises(InvalidInputError, match="logits"):
         evaluate_confusion(logits, labels, TERMS)
+
+
+def test_a_record_without_finite_logits_is_one_count_like_any_other() -> None:
+    logits = torch.tensor([[torch.nan] * K, [torch.nan, 1.0, *[0.0] * (K - 2)]])
+    counts = confusion_counts(logits, torch.tensor([1, 1]))
+    assert (counts.sum(), counts[1, 0], counts[1, 1]) == (2, 1, 1)
+    evaluate_confusion(logits, torch.tensor([1, 1]), TERMS)
 
 
 def test_a_release_comes_back_from_json() -> None:

@@ -60,6 +60,15 @@ def test_a_record_beyond_its_bounds_is_not_released(losses: list[float], counts:
         evaluate_language_model(torch.tensor(losses), torch.tensor(counts), TERMS, **BOUNDS)
 
 
+def test_a_loss_that_is_not_finite_counts_as_the_bound() -> None:
+    logits = torch.zeros(2, 4, 3)
+    logits[0, 1] = torch.nan
+    losses, counts = token_losses(logits, torch.zeros(2, 4, dtype=torch.long), loss_bound=5.0)
+    uniform = math.log(3.0)
+    torch.testing.assert_close(losses, torch.tensor([2 * uniform + 5.0, 3 * uniform]))
+    assert counts.tolist() == [3, 3]
+
+
 def test_noise_that_hides_the_hold_out_leaves_the_bound() -> None:
     released = evaluate_language_model(torch.tensor([1.0]), torch.tensor([3]), TERMS, **BOUNDS)
     hidden = replace(released, token_sum=-2.0)
