@@ -102,13 +102,13 @@ def unseal_stream(source: BinaryIO, target: BinaryIO, key: DecapsulationKey) -> 
     Raises:
         AuthenticationError: If the bytes are foreign, damaged, altered, cut off, or sealed to others only.
     """
-    prefix = source.read(len(_MAGIC) + 4)
+    prefix = _exactly(source, len(_MAGIC) + 4)
     length = int.from_bytes(prefix[len(_MAGIC) :], "big")
     if prefix[: len(_MAGIC)] != _MAGIC or len(prefix) != len(_MAGIC) + 4:
         raise AuthenticationError("this is not a sealed file. Pass the one that dpfa certificate seal wrote.")
     if length > _MAX_HEADER_BYTES:
         raise AuthenticationError(_ALTERED)
-    header, mac, salt = source.read(length), source.read(_MAC_BYTES), source.read(_SALT_BYTES)
+    header, mac, salt = (_exactly(source, size) for size in (length, _MAC_BYTES, _SALT_BYTES))
     file_key = _unwrap(header, key)
     if len(salt) != _SALT_BYTES or not hmac.compare_digest(mac, _mac(file_key, prefix + header)):
         raise AuthenticationError(_ALTERED)
