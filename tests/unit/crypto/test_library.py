@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -64,3 +66,12 @@ def test_a_broken_source_of_entropy_is_an_error(monkeypatch):
     monkeypatch.setattr(os, "urandom", fail)
     with pytest.raises(DependencyMissingError, match="none here"):
         fresh_secret(32)
+
+
+def test_importing_the_room_loads_neither_torch_nor_numpy_nor_cryptography():
+    code = (
+        "import sys, dp_flash_attention.crypto, dp_flash_attention.crypto.tls\n"
+        "print(sorted({'torch', 'numpy', 'flwr', 'cryptography', 'OpenSSL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
