@@ -151,9 +151,18 @@ def _unpack(bundle: BinaryIO, target: Path) -> tuple[str, ...]:
 
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
-        if not name or Path(name).name != name or name.startswith(".") or "\\" in name:
+        if (
+            not name
+            or Path(name).name != name
+            or not name.isprintable()
+            or set(name) & set("\\/:")
+            or name[0] == "."
+        ):
             raise InvalidInputError(
-                "file name", name, bound="a plain name that does not begin with a dot", remedy="Rename it."
+                "file name",
+                name,
+                bound="a plain, printable name that does not begin with a dot",
+                remedy="Rename it.",
             )
 
 

@@ -33,7 +33,7 @@ class HybridSignature:
     Guarantees:
         Not a privacy mechanism. Public: public keys, messages, contexts and signatures. Theorem: unforgeable
         (EUF-CMA) if either Ed25519 or ML-DSA is, since a forgery of the pair holds a forgery of each. Source:
-        Bindel, Herath, McKague & Stebila 2017, section 3 (the concatenation combiner).
+        Bindel, Herath, McKague & Stebila 2017 (the concatenation combiner C∥).
     """
 
     name: str

@@ -9,6 +9,7 @@ Nothing is ever written over.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -230,7 +231,9 @@ def _protection(fields: Mapping[str, Any], where: Path) -> dict[str, Any]:
 def _stretched(passphrase: str, salt: bytes, cost: ScryptCost) -> bytes:
     from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-    return Scrypt(salt=salt, length=32, n=cost.n, r=cost.r, p=cost.p).derive(passphrase.encode("utf-8"))
+    # Keyboards and systems compose the same letter differently; NFKC makes it one (as in RFC 8265, section 4.2.1).
+    prepared = unicodedata.normalize("NFKC", passphrase).encode("utf-8")
+    return Scrypt(salt=salt, length=32, n=cost.n, r=cost.r, p=cost.p).derive(prepared)
 
 
 def _write_new(path: Path, data: bytes, *, mode: int) -> None:

@@ -64,7 +64,7 @@ def seal_stream(source: BinaryIO, target: BinaryIO, recipients: Sequence[Encapsu
     Guarantees:
         Not a privacy mechanism. Public: the recipients' key ids, the length. Theorem: confidential against chosen
         ciphertexts if the hybrid KEM is IND-CCA and AES-256-GCM an AEAD; the recipient notices any change that was
-        not made by another recipient. Source: KEM/DEM composition (Cramer & Shoup 2003, theorem 5); STREAM (Hoang,
+        not made by another recipient. Source: KEM/DEM composition (Cramer & Shoup 2003, section 7); STREAM (Hoang,
         Reyhanitabar, Rogaway & Vizár 2015).
 
     Args:

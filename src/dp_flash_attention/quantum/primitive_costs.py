@@ -2,7 +2,7 @@
 
 Symmetric primitives are counted in calls of the primitive (a call takes thousands of gates, which are not counted),
 lattices by core-SVP (see ``core_svp``), curves by Shor's algorithm. NIST's own figure for AES-256 is
-2^285 / MAXDEPTH quantum gates (NIST 2022, call for additional signatures, section 4.B.3): with its depths of
+2^285 / MAXDEPTH quantum gates (NIST 2022, call for additional signatures): with its depths of
 2^40, 2^64 and 2^96 that is 2^245, 2^221 and 2^189 gates, above every figure given here.
 """
 
@@ -214,7 +214,7 @@ def _grover_within(key_bits: int, depth: int, *, unit: str) -> Bits:
     return Bits(
         max(key_bits / 2, key_bits + math.log2(math.pi**2 / 16.0) - depth),
         unit=unit,
-        formula=f"log2(π²/16 · 2^{key_bits} / 2^{depth})",
+        formula=f"max(key / 2, log2(π²/16 · 2^{key_bits} / 2^{depth}))",
         source="Zalka 1999 (parallel search is optimal as it is); NIST 2016, section 4.A.5 (depths)",
         assumptions=(_IDEAL, "A circuit's depth is limited as stated; one evaluation counts as depth 1."),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dp_flash_attention.core.durable import (
+    is_disk_error,
     remove_temporaries,
     replaced_atomically,
     sync_directory,
@@ -11,6 +12,7 @@ from dp_flash_attention.core.durable import (
 )
 
 __all__ = [
+    "is_disk_error",
     "remove_temporaries",
     "replaced_atomically",
     "sync_directory",

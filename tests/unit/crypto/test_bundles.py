@@ -138,6 +138,8 @@ def test_others_do_not_open_it(run, tmp_path):
         bundled([{"name": "", "size": 0}]),
         bundled([{"name": ".hidden", "size": 0}]),
         bundled([{"name": "a\\b", "size": 0}]),
+        bundled([{"name": "a\x1b[2J", "size": 0}]),
+        bundled([{"name": "c:a", "size": 0}]),
     ],
 )
 def test_a_sealed_file_of_another_kind_leaves_nothing(tmp_path, sealed):

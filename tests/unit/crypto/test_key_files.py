@@ -178,6 +178,12 @@ def test_a_secret_of_another_length_is_noticed(tmp_path):
         read_secret_key(tmp_path / "a.key")
 
 
+def test_a_passphrase_is_the_same_however_its_letters_are_composed(tmp_path):
+    path = tmp_path / "a.key"
+    write_secret_key(path, make(), passphrase="gr\u00fcne w\u00f6rter", cost=CHEAP)
+    read_secret_key(path, passphrase="gru\u0308ne wo\u0308rter")
+
+
 def test_foreign_files_are_named(tmp_path):
     key = make()
     write_secret_key(tmp_path / "a.key", key)
