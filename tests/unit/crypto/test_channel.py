@@ -155,6 +155,23 @@ def test_threads_do_not_share_a_nonce(monkeypatch):
     assert len(used) == len(set(used)) == 800
 
 
+def test_a_nonce_is_taken_and_used_under_the_lock(monkeypatch):
+    here, there = make_ends()
+    record, held = there.seal(b"x"), []
+    for name in ("aead_encrypt", "aead_decrypt"):
+        right = getattr(module, name)
+
+        def watched(*arguments, right=right, **options):
+            held.append(here._lock.locked())
+            return right(*arguments, **options)
+
+        monkeypatch.setattr(module, name, watched)
+    here.seal(b"x")
+    here.open(record)
+    here.close()
+    assert held == [True] * 3
+
+
 def test_a_child_process_cannot_use_the_channel(monkeypatch):
     here, _ = make_ends()
     parent = os.getpid()

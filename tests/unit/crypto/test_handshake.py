@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.crypto import AuthenticationError, ChannelError, Initiator, Responder, SigningKey
+from dp_flash_attention.crypto.library import aead_decrypt, aead_encrypt, derive, framed
 
 ALICE, BOB, MALLORY = (SigningKey("ed25519_ml_dsa_65", bytes([number]) * 64) for number in (1, 2, 3))
 
@@ -71,6 +72,39 @@ def test_a_claimed_identity_without_its_key_is_refused():
     one, other = Initiator(ALICE, [BOB.public]), Responder(impostor, [ALICE.public])
     with pytest.raises(AuthenticationError, match="signature"):
         one.finish(other.respond(one.start()))
+
+
+def proof_key(end, role):
+    return derive(end._secret, salt=end._transcript, info=framed(b"dpfa.handshake.v1", b"proof", role))
+
+
+def test_a_proof_carried_over_from_another_handshake_is_refused():
+    # Mallory talks to Bob with an exchange of her own, takes his proof, and encrypts it anew for Alice.
+    mallory, bob = Initiator(MALLORY, [BOB.public]), Responder(BOB, [MALLORY.public])
+    second = bob.respond(mallory.start())
+    ciphertext, proof = second[38 : 38 + 1120], second[38 + 1120 :]
+    mallory._absorb(second[6:38], ciphertext)
+    mallory._secret = mallory._ephemeral.decapsulate(ciphertext, context=b"dpfa.handshake.v1")
+    taken = aead_decrypt(proof_key(mallory, b"responder"), bytes(12), proof, b"responder", otherwise="no")
+    assert BOB.public.public in taken
+
+    alice, false_bob = Initiator(ALICE, [BOB.public]), Responder(MALLORY, [ALICE.public])
+    false_bob._prove = lambda role: aead_encrypt(proof_key(false_bob, role), bytes(12), taken, role)
+    with pytest.raises(AuthenticationError, match="signature"):
+        alice.finish(false_bob.respond(alice.start()))
+
+
+def test_a_proof_with_something_behind_it_is_refused():
+    alice, bob = ends()
+    right = bob._prove
+
+    def longer(role):
+        inner = aead_decrypt(proof_key(bob, role), bytes(12), right(role), role, otherwise="no")
+        return aead_encrypt(proof_key(bob, role), bytes(12), inner + b"\0", role)
+
+    bob._prove = longer
+    with pytest.raises(AuthenticationError):
+        alice.finish(bob.respond(alice.start()))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
