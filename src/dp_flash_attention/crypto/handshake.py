@@ -6,9 +6,10 @@
 
 Braces are AES-256-GCM under keys derived from the shared secret and the transcript. Each signature covers the role,
 the transcript so far and the signer's own identity. A listener sees neither identity; whoever may start a handshake
-learns the responder's, and only a trusted responder the initiator's. This is SIGMA-I (Krawczyk 2003) with the Diffie–Hellman exchange replaced by a key
-encapsulation for one use, as hybrid TLS 1.3 does it (draft-ietf-tls-hybrid-design). There is nothing to negotiate:
-both ends are configured with the same algorithm, or the handshake fails.
+learns the responder's, and only a trusted responder the initiator's. This is SIGMA-I (Krawczyk 2003) with the
+Diffie–Hellman exchange replaced by a key encapsulation for one use, as hybrid TLS 1.3 does it
+(draft-ietf-tls-hybrid-design). There is nothing to negotiate: both ends are configured with the same algorithm, or the
+handshake fails.
 """
 
 from __future__ import annotations

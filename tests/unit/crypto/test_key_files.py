@@ -161,6 +161,17 @@ def test_an_attackers_change_with_a_fitting_checksum_is_noticed(tmp_path, field,
         read_secret_key(path, passphrase=PASSPHRASE)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("key_id", "0" * 32), ("algorithm", "x25519_ml_kem_768"), ("algorithm", "rsa"), ("public_key", "AAAA")],
+)
+def test_a_public_key_file_that_contradicts_itself_is_refused(tmp_path, field, value):
+    write_public_key(tmp_path / "a.pub", make().public)
+    altered_document(tmp_path / "a.pub", **{field: value})
+    with pytest.raises(KeyFileError):
+        read_public_key(tmp_path / "a.pub")
+
+
 def test_another_keys_public_half_is_noticed(tmp_path):
     one, other = make(), make()
     write_secret_key(tmp_path / "a.key", one)
