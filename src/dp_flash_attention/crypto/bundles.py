@@ -151,13 +151,7 @@ def _unpack(bundle: BinaryIO, target: Path) -> tuple[str, ...]:
 
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
-        if (
-            not name
-            or Path(name).name != name
-            or not name.isprintable()
-            or set(name) & set("\\/:")
-            or name[0] == "."
-        ):
+        if not name or not name.isprintable() or set(name) & set("\\/:") or name[0] == ".":
             raise InvalidInputError(
                 "file name",
                 name,

@@ -129,10 +129,7 @@ def verify_certificate(
         signer = trust.find(str(fields["key_id"]))
     except (KeyFileError, AuthenticationError) as error:
         raise AuthenticationError(f"{directory / CERTIFICATE_FILE} is not verified: {error}") from error
-    if signer.key.algorithm != body["algorithm"] or (body["subject"], body["canonicalization"]) != (
-        CERTIFICATE_FILE,
-        _CANONICALIZATION,
-    ):
+    if (body["subject"], body["canonicalization"]) != (CERTIFICATE_FILE, _CANONICALIZATION):
         raise AuthenticationError(
             f"{where} is a signature of another kind. Use the program that wrote it, or ask for the original."
         )
