@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ def test_every_row_says_what_it_claims_and_found():
     rows = [row for result in run_checks(checks.crypto_checks()) for row in result.rows]
     assert len({row.name for row in rows}) == len(rows) > 15
     assert all(row.claim and row.measured and row.bound for row in rows)
+
+
+def test_no_printed_figure_of_strength_comes_without_its_assumption():
+    rows = [row for result in run_checks(checks.crypto_checks()) for row in result.rows]
+    figures = [row for row in rows if re.search(r"\d bits", row.measured)]
+    assert len(figures) >= 15
+    assert all("assuming" in row.measured for row in figures)
 
 
 def test_the_vectors_are_those_of_the_independent_implementations():
@@ -194,6 +202,22 @@ def no_grover(monkeypatch):
     monkeypatch.setattr(primitive_costs, "aes_256", lambda: primitive_costs.cipher("AES-512", key_bits=512))
 
 
+def no_claws(monkeypatch):
+    monkeypatch.setattr(
+        primitive_costs,
+        "xor_of_two_ciphers",
+        lambda: primitive_costs.cipher("XOR of two ciphers with 256-bit keys", key_bits=512),
+    )
+
+
+def no_shor(monkeypatch):
+    monkeypatch.setattr(primitive_costs, "x25519", lambda: primitive_costs.cipher("X25519", key_bits=252))
+
+
+def hybrid_is_the_weaker_half(monkeypatch):
+    monkeypatch.setattr(security_estimate, "strongest", security_estimate.weakest)
+
+
 def assumptions_forgotten(monkeypatch):
     def build(self, log2_cost, *, unit, formula, source, assumptions):
         self._log2_cost, self.unit, self.formula = log2_cost, unit, formula
@@ -206,6 +230,7 @@ KEM, DSA = "known answers of ML-KEM", "known answers of ML-DSA"
 AGREEMENT, SIGNATURES = "hybrid key agreement", "altered signatures"
 RECORDS, TLS = "altered records", "TLS key agreement"
 SVP, SEED = "core-SVP against published figures", "security of the noise's seed"
+ESTIMATE = "security estimate"
 
 
 @pytest.mark.parametrize(
@@ -232,6 +257,9 @@ SVP, SEED = "core-SVP against published figures", "security of the noise's seed"
         (weaker_noise_assumed, {SVP}),
         (entropy_by_asking, {SEED}),
         (no_grover, {SEED}),
+        (no_claws, {ESTIMATE}),
+        (no_shor, {ESTIMATE}),
+        (hybrid_is_the_weaker_half, {ESTIMATE}),
         (assumptions_forgotten, {SEED}),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
