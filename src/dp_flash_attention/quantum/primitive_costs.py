@@ -25,7 +25,7 @@ from dp_flash_attention.quantum.security_estimate import Bits, SecurityEstimate,
 MAX_DEPTHS = (40, 64, 96)
 """log2 of the circuit depths that NIST considers (NIST 2016, section 4.A.5)."""
 
-_CAPACITIES = {"shake256": 512, "sha3_512_counter": 1024}
+_CAPACITIES = {"shake256": 512, "sha3-512-counter": 1024}
 _IDEAL = "No attack on the primitive itself beats generic search; none is known after public analysis."
 _GROVER = "The quantum computer is free of errors and of any limit on circuit depth."
 _CORE_SVP = (
@@ -70,7 +70,7 @@ def sponge(name: str, *, seed_bits: int) -> SecurityEstimate:
     """Returns the cost of telling a seeded SHA-3 function's output from random bits.
 
     Args:
-        name: ``shake256``, or ``sha3_512_counter`` for SHA3-512 of seed and counter.
+        name: ``shake256``, or ``sha3-512-counter`` for SHA3-512 of seed and counter.
         seed_bits: Length of a uniform secret seed.
 
     Raises:
@@ -194,7 +194,7 @@ def estimates() -> tuple[SecurityEstimate, ...]:
         aes_256(),
         chacha20(),
         sponge("shake256", seed_bits=512),
-        sponge("sha3_512_counter", seed_bits=512),
+        sponge("sha3-512-counter", seed_bits=512),
         xor_of_two_ciphers(),
         x25519(),
         lattice("ML-KEM-768"),

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import positive_int
 
-GeneratorName = Literal["aes_256_ctr", "chacha20", "shake256", "sha3_512_counter"]
+GeneratorName = Literal["aes-256-ctr", "chacha20", "shake256", "sha3-512-counter"]
 
 
 class Bits:
@@ -233,7 +233,7 @@ def noise_security(
             a seed of another length than its key.
 
     >>> pool = operating_system_pool()
-    >>> noise_security("aes_256_ctr", seed_bits=256, sources=[pool]).quantum.to_dict()["bits"]
+    >>> noise_security("aes-256-ctr", seed_bits=256, sources=[pool]).quantum.to_dict()["bits"]
     128
     >>> noise_security("shake256", seed_bits=512, sources=[pool]).quantum.to_dict()["bits"]
     128
@@ -248,9 +248,9 @@ def noise_security(
             bound="at least one, with different names",
             remedy="Name every source once.",
         )
-    if generator in ("shake256", "sha3_512_counter"):
+    if generator in ("shake256", "sha3-512-counter"):
         own = costs.sponge(generator, seed_bits=length)
-    elif generator in ("aes_256_ctr", "chacha20"):
+    elif generator in ("aes-256-ctr", "chacha20"):
         if length != 256:
             raise InvalidInputError(
                 "seed_bits",
@@ -258,12 +258,12 @@ def noise_security(
                 bound=f"256, the key of {generator}",
                 remedy="Use shake256 for a longer seed.",
             )
-        own = costs.aes_256() if generator == "aes_256_ctr" else costs.chacha20()
+        own = costs.aes_256() if generator == "aes-256-ctr" else costs.chacha20()
     else:
         raise InvalidInputError(
             "generator",
             generator,
-            bound="one of aes_256_ctr, chacha20, shake256, sha3_512_counter",
+            bound="one of aes-256-ctr, chacha20, shake256, sha3-512-counter",
             remedy="Choose one.",
         )
     entropy = min(length, sum(source.bits for source in sources))

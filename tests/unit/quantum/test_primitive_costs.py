@@ -28,7 +28,7 @@ def figures(estimate):
         ("AES-256", 256, 128),
         ("ChaCha20", 256, 128),
         ("shake256, uniform 512-bit seed", 256, 256),
-        ("sha3_512_counter, uniform 512-bit seed", 512, 256),
+        ("sha3-512-counter, uniform 512-bit seed", 512, 256),
         ("XOR of two ciphers with 256-bit keys", 256, 170),
         ("X25519", 125, 0),
         ("Ed25519", 125, 0),

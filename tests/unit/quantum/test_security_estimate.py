@@ -112,14 +112,14 @@ def test_a_hybrid_is_the_stronger_half_for_each_attacker_and_never_the_sum():
 @pytest.mark.parametrize(
     ("generator", "seed_bits", "sources", "bits"),
     [
-        ("aes_256_ctr", 256, [POOL], 128),
+        ("aes-256-ctr", 256, [POOL], 128),
         ("chacha20", 256, [POOL], 128),
-        ("aes_256_ctr", 256, [POOL, KEY_FILE], 128),  # the key is the limit, whatever goes in
+        ("aes-256-ctr", 256, [POOL, KEY_FILE], 128),  # the key is the limit, whatever goes in
         ("shake256", 512, [POOL], 128),  # the pool carries 256 bits, however many are read
         ("shake256", 256, [POOL, KEY_FILE], 128),  # a short seed holds no more than its length
         ("shake256", 512, [POOL, KEY_FILE], 256),
         ("shake256", 1024, [POOL, KEY_FILE], 256),  # capacity
-        ("sha3_512_counter", 512, [POOL, KEY_FILE], 256),
+        ("sha3-512-counter", 512, [POOL, KEY_FILE], 256),
         ("shake256", 512, [POOL, EntropySource(name="weak", bits=64, assumption="It is weak.")], 160),
     ],
 )
@@ -133,7 +133,7 @@ def test_strength_is_the_stated_minimum(first, second, seed_bits):
         EntropySource(name=str(index), bits=bits, assumption="Stated.")
         for index, bits in enumerate((first, second))
     ]
-    for generator, capacity in (("shake256", 512), ("sha3_512_counter", 1024)):
+    for generator, capacity in (("shake256", 512), ("sha3-512-counter", 1024)):
         found = noise_security(generator, seed_bits=seed_bits, sources=sources)
         expected = min(first + second, seed_bits, capacity) / 2
         assert found.quantum.reaches(expected)
@@ -154,7 +154,7 @@ def test_more_sources_need_the_assumption_that_they_are_independent():
         ("shake256", 512, []),
         ("shake256", 512, [POOL, POOL]),
         ("shake256", 0, [POOL]),
-        ("aes_256_ctr", 512, [POOL]),
+        ("aes-256-ctr", 512, [POOL]),
         ("xor_of_two_ciphers", 512, [POOL]),
     ],
 )
@@ -170,5 +170,5 @@ def test_a_source_states_what_it_gives_and_why(changes):
 
 
 def test_the_seed_is_never_stronger_than_the_generator():
-    for generator, sources in itertools.product(("aes_256_ctr", "chacha20"), ([POOL], [POOL, KEY_FILE])):
+    for generator, sources in itertools.product(("aes-256-ctr", "chacha20"), ([POOL], [POOL, KEY_FILE])):
         assert not noise_security(generator, seed_bits=256, sources=sources).quantum.reaches(128.5)

@@ -34,7 +34,7 @@ _SEARCHED = {
     "AES-256": 128,
     "ChaCha20": 128,
     "shake256, uniform 512-bit seed": 256,
-    "sha3_512_counter, uniform 512-bit seed": 256,
+    "sha3-512-counter, uniform 512-bit seed": 256,
     "XOR of two ciphers with 256-bit keys": 170,
     "X25519": 0,
     "Ed25519": 0,
@@ -297,7 +297,7 @@ def seed_security() -> Iterator[Evidence]:
     second = EntropySource(name="key file", bits=256, assumption="The key file was drawn by another machine.")
     expected = {
         "AES-256-CTR, operating system alone": (
-            noise_security("aes_256_ctr", seed_bits=256, sources=[pool]),
+            noise_security("aes-256-ctr", seed_bits=256, sources=[pool]),
             128,
         ),
         "SHAKE256, 512-bit seed, operating system alone": (
