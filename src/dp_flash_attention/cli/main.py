@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from dp_flash_attention.cli.account import account
+from dp_flash_attention.cli.certificate import certificate
 from dp_flash_attention.cli.train import train
 from dp_flash_attention.core.errors import DPFlashAttentionError
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("account")(account)
+app.add_typer(certificate, name="certificate")
 
 
 def _print_version(wanted: bool) -> None:

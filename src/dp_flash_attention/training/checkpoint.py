@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dp_flash_attention.core.durable import is_disk_error, remove_temporaries, replaced_atomically
 from dp_flash_attention.core.errors import RunStateError
-from dp_flash_attention.training.durable import is_disk_error, remove_temporaries, replaced_atomically
 
 _FORMAT = "1"
 _KEPT = 2

@@ -18,13 +18,13 @@ from torch import nn
 
 from dp_flash_attention.accounting import discrete_laplace_scale, split_budget
 from dp_flash_attention.clipping import ClippedGradientAccumulator, check_examples_independent
+from dp_flash_attention.core.durable import write_atomically
 from dp_flash_attention.core.errors import InvalidInputError, RunStateError
 from dp_flash_attention.noise import TestKey, discrete_laplace
 from dp_flash_attention.noise.entropy import NoiseKey
 from dp_flash_attention.training.certificate import Certificate, build_certificate
 from dp_flash_attention.training.choices import Choices, RunRequest, choose
 from dp_flash_attention.training.data.split import Split, Subset, split_records
-from dp_flash_attention.training.durable import write_atomically
 from dp_flash_attention.training.evaluation import Evaluation, ReleaseTerms, read_evaluation
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.plan import PrivacyPlan

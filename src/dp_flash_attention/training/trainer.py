@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dp_flash_attention.core.durable import is_disk_error, replaced_atomically
 from dp_flash_attention.core.errors import RunStateError
 from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import fingerprint
 from dp_flash_attention.training.averaging import ParameterAverage
 from dp_flash_attention.training.checkpoint import load_latest_checkpoint, save_checkpoint
 from dp_flash_attention.training.diagnostics import DiagnosticsSink, JsonLinesDiagnostics
-from dp_flash_attention.training.durable import is_disk_error, replaced_atomically
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.loop import RunState, TrainingLoop
 from dp_flash_attention.training.microbatches import CollateFn, RecordSource

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_flash_attention.training import durable
+from dp_flash_attention.core import durable
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
