@@ -4,6 +4,22 @@
 """
 
 from dp_flash_attention.noise.bits import SecureBits
+from dp_flash_attention.noise.discrete_gaussian import DiscreteGaussianGenerator, ExactCipher
+from dp_flash_attention.noise.discrete_gaussian_layers import (
+    GaussianCertificate,
+    Layers,
+    certify_layers,
+    convolution_distance,
+    plan_layers,
+)
+from dp_flash_attention.noise.discrete_gaussian_table import (
+    DiscreteGaussianTable,
+    TableCertificate,
+    build_table,
+    certify_table,
+    hockey_stick_of_shift,
+    hockey_stick_to_ideal,
+)
 from dp_flash_attention.noise.discrete_laplace import discrete_laplace
 from dp_flash_attention.noise.entropy import NoiseKey, SecretKey, TestKey
 from dp_flash_attention.noise.fast import FastNormalGenerator
@@ -11,14 +27,27 @@ from dp_flash_attention.noise.interface import NoiseName, NormalGenerator, make_
 from dp_flash_attention.noise.secure import SecureNormalGenerator
 
 __all__ = [
+    "DiscreteGaussianGenerator",
+    "DiscreteGaussianTable",
+    "ExactCipher",
     "FastNormalGenerator",
+    "GaussianCertificate",
+    "Layers",
     "NoiseKey",
     "NoiseName",
     "NormalGenerator",
     "SecretKey",
     "SecureBits",
     "SecureNormalGenerator",
+    "TableCertificate",
     "TestKey",
+    "build_table",
+    "certify_layers",
+    "certify_table",
+    "convolution_distance",
     "discrete_laplace",
+    "hockey_stick_of_shift",
+    "hockey_stick_to_ideal",
     "make_generator",
+    "plan_layers",
 ]
