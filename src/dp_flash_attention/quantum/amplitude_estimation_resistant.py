@@ -12,7 +12,7 @@ import numpy as np
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
 from dp_flash_attention.core.validation import non_negative_int
-from dp_flash_attention.noise import NoiseKey, SecretKey
+from dp_flash_attention.noise import ExactCipher, NoiseKey, SecretKey
 from dp_flash_attention.quantum.canonical import canonical_bytes
 from dp_flash_attention.quantum.charges import ChargeBook
 from dp_flash_attention.quantum.exact_noise import noise_for
@@ -27,7 +27,8 @@ from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.prf import keyed_shake256
 from dp_flash_attention.quantum.values import Integers, unpack
 
-_ADVANTAGE = generator_advantage(1 << 40)
+_CIPHER: ExactCipher = "aes-256-ctr"
+_SEED_BYTES = 32
 _DIGEST_BYTES = 64
 
 
@@ -123,9 +124,9 @@ class AmplitudeEstimationResistant:
             l2_sensitivity=sensitivity.l2,
             budget=budget,
             grid=self._grid,
-            advantage=_ADVANTAGE,
+            advantage=generator_advantage(dimension, 8 * _SEED_BYTES, _CIPHER),
         )
-        label = self._label(query, plan)
+        label = self._label(query, plan, sensitivity)
         with self._lock:
             # Charged once, and before anything is computed: a computation that fails has still been paid for.
             if label not in self._answered:
@@ -158,10 +159,18 @@ class AmplitudeEstimationResistant:
             whole=unpacked.whole,
         )
 
-    def _label(self, query: object, plan: GaussianPlan) -> bytes:
+    def _label(self, query: object, plan: GaussianPlan, sensitivity: Sensitivity) -> bytes:
         """The memo's key: what has to be the same for an answer to be the same, apart from the value."""
         scale = canonical_bytes(
-            [plan.dimension, plan.whole, plan.grid, plan.variance.numerator, plan.variance.denominator]
+            [
+                plan.dimension,
+                plan.whole,
+                plan.grid,
+                plan.variance.numerator,
+                plan.variance.denominator,
+                sensitivity.l2,
+                sensitivity.neighboring_relation.value,
+            ]
         )
         return keyed_shake256(
             self._secret,
@@ -196,10 +205,10 @@ class AmplitudeEstimationResistant:
             label,
             counts.astype("<i8").tobytes(),
             domain=b"dpfa.memo.noise.v1",
-            num_bytes=32,
+            num_bytes=_SEED_BYTES,
         )
         key: NoiseKey = SecretKey.from_bytes(seed)
-        return noise_for(plan.variance).draw(key, counts.size, step=0)
+        return noise_for(plan.variance).draw(key, counts.size, step=0, cipher=_CIPHER)
 
     def _describe(self, value: Any, plan: GaussianPlan, sensitivity: Sensitivity) -> Release:
         return Release(
@@ -219,7 +228,7 @@ class AmplitudeEstimationResistant:
                 theorem="any number of repeats is post-processing of one discrete Gaussian answer",
                 source="Canonne, Kamath & Steinke 2020; Dwork & Roth 2014, Proposition 2.1",
             ),
-            quantum_security_bits=quantum_security_bits(self._master),
+            quantum_security_bits=quantum_security_bits(self._master, _CIPHER),
             certified=(
                 f"this query, asked any number of times: ({plan.epsilon:g}, {plan.delta.total:.3g})-DP",
                 "distinct queries are added up in the charge book",
@@ -229,6 +238,6 @@ class AmplitudeEstimationResistant:
                 "The data do not change under one data_version, and the computation is deterministic.",
                 "The sensitivity passed in holds for the answer.",
                 "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
-                *strength_assumptions(self._master),
+                *strength_assumptions(self._master, _CIPHER),
             ),
         )

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +105,7 @@ def flag_probabilities(oracle: Oracle, powers: Sequence[int]) -> npt.NDArray[np.
     Raises:
         InvalidInputError: If ``powers`` decreases or is negative.
     """
-    if any(m < 0 for m in powers) or any(a > b for a, b in zip(powers, powers[1:], strict=False)):
+    if any(m < 0 for m in powers) or any(a > b for a, b in pairwise(powers)):
         raise InvalidInputError("powers", list(powers), bound="not decreasing, from 0", remedy="Sort them.")
     start = oracle.state
     state, done, found = start.copy(), 0, []
@@ -114,7 +115,8 @@ def flag_probabilities(oracle: Oracle, powers: Sequence[int]) -> npt.NDArray[np.
             state = 2.0 * float(np.vdot(start, state)) * start - state  # −A S₀ A⁻¹: reflects about A|0⟩
         done = m
         found.append(float(np.sum(state[:, 1] ** 2)))
-    return np.clip(np.array(found), 0.0, 1.0)
+    clipped: npt.NDArray[np.float64] = np.clip(np.array(found, dtype=np.float64), 0.0, 1.0)
+    return clipped
 
 
 def doubling_powers(num_rounds: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from dp_flash_attention.noise import (
     DiscreteGaussianGenerator,
+    ExactCipher,
     GaussianCertificate,
     NoiseKey,
     certify_layers,
@@ -44,14 +45,14 @@ class ExactNoise:
         """The largest magnitude that can come out."""
         return self.certificate.largest
 
-    def draw(self, key: NoiseKey, num: int, *, step: int) -> Integers:
+    def draw(self, key: NoiseKey, num: int, *, step: int, cipher: ExactCipher = "aes-256-ctr") -> Integers:
         """Returns ``num`` integers, int64. A pair (key, step) is for one release only.
 
         Raises:
             NoiseUnavailableError: If the cipher cannot be used.
         """
         generator = DiscreteGaussianGenerator(
-            key, layers=self.certificate.layers, max_distance=MAX_DISTANCE_EXACT
+            key, layers=self.certificate.layers, cipher=cipher, max_distance=MAX_DISTANCE_EXACT
         )
         out = torch.empty(num, dtype=torch.int64)
         generator.fill_(out, step=step, stream=0)

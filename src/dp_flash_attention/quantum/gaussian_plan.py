@@ -54,7 +54,7 @@ class GaussianPlan:
 
     @property
     def noise_stddev(self) -> float:
-        """σ in the value's unit. (The discrete Gaussian's deviation is below its σ by less than e^(−2π²σ²).)"""
+        """σ in the value's unit, which is never below the standard deviation of the discrete Gaussian."""
         return math.sqrt(float(self.variance)) * self.grid
 
 

@@ -3,41 +3,60 @@
 Both are statements about the *best known* attacks under stated assumptions. A key of n bits falls to Grover's search with
 q sequential iterations with probability at most 4q²/2^n (Boyer, Brassard, Høyer & Tapp 1998; Zalka 1999: no algorithm
 that only evaluates the cipher does better). AES in counter mode never repeats a block where coins would, which is worth
-b²/2^129 after b blocks (Bellare & Rogaway 2006).
+b²/2^129 after b blocks under one key (Bellare & Rogaway 2006); SHAKE256 and ChaCha20 have no such term.
 """
 
 from __future__ import annotations
 
 from dp_flash_attention.core.validation import positive_int
-from dp_flash_attention.noise import NoiseKey
+from dp_flash_attention.noise import ExactCipher, NoiseKey
 
-# NIST's upper guess of how many gates in sequence anyone will ever run is 2^96; 2^64 is its figure for a decade of
-# serial computing at the fastest conceivable clock (FIPS 203 call for proposals, 2016, section 4.A.5).
+# 2^64 gates in sequence are about what NIST expects of a decade on present architectures; 2^96 is more than anyone's
+# guess (call for post-quantum proposals, 2016, section 4.A.5, MAXDEPTH).
 GROVER_ITERATIONS_LOG2 = 64
-KEY_BITS = 256
+_CIPHER_KEY_BITS = {"aes-256-ctr": 256, "chacha20": 256}
+_CAPACITY_BITS = 512
+# A tile of 8,192 samples reads at most 1,216 blocks and 8,192 more in the rare event, for each of at most 50 layers.
+_TILE = 8192
+_BLOCKS_PER_TILE = 50 * (1216 + 8192)
 
 
-def generator_advantage(num_blocks: int) -> float:
-    """Returns a bound of what an attacker of 2^64 sequential Grover iterations gains from ``num_blocks`` AES blocks.
+def generator_advantage(dimension: int, key_bits: int, cipher: ExactCipher) -> float:
+    """Returns a bound of what an attacker of 2^64 sequential Grover iterations gains from one release's bits.
 
-    Assumed: no attack on AES-256 beats key search. Added: the switching term, which needs no assumption.
+    Assumed: no attack on the cipher beats key search. Added for AES: the switching term, which needs no assumption.
+
+    Args:
+        dimension: Number of coordinates that read noise.
+        key_bits: Bits of the key that the noise starts from.
+        cipher: What turns the key into bits.
     """
-    blocks = positive_int("num_blocks", num_blocks, remedy="Count what the noise reads.")
-    key_search = 4.0 * 2.0 ** (2 * GROVER_ITERATIONS_LOG2 - KEY_BITS)
-    return key_search + float(blocks) ** 2 * 2.0**-129
+    tiles = positive_int("dimension", dimension, remedy="Count the coordinates.") // _TILE + 1
+    bits = min(key_bits, _CIPHER_KEY_BITS.get(cipher, _CAPACITY_BITS))
+    key_search = 4.0 * 2.0 ** (2 * GROVER_ITERATIONS_LOG2 - bits)
+    switching = float(tiles * _BLOCKS_PER_TILE) ** 2 * 2.0**-129 if cipher == "aes-256-ctr" else 0.0
+    return key_search + switching
 
 
-def quantum_security_bits(key: NoiseKey) -> int:
-    """Returns half the key's bits, or 0 for a test key, whose bytes anyone can compute."""
-    return 0 if key.is_test_key else KEY_BITS // 2
+def key_bits(key: NoiseKey) -> int:
+    """Returns the length of the key in bits."""
+    return 8 * len(key.export())
 
 
-def strength_assumptions(key: NoiseKey) -> tuple[str, ...]:
+def quantum_security_bits(key: NoiseKey, cipher: ExactCipher) -> int:
+    """Returns min(key, cipher's key or capacity)/2; 0 for a test key, whose bytes anyone can compute."""
+    if key.is_test_key:
+        return 0
+    return min(key_bits(key), _CIPHER_KEY_BITS.get(cipher, _CAPACITY_BITS)) // 2
+
+
+def strength_assumptions(key: NoiseKey, cipher: ExactCipher) -> tuple[str, ...]:
     """Returns what has to be true for ``quantum_security_bits`` to mean anything."""
     if key.is_test_key:
         return ("NOTHING: the noise comes from a test key, so anyone can subtract it.",)
+    bits = quantum_security_bits(key, cipher)
     return (
-        "The noise's 256-bit key has 256 bits of entropy and stays secret; quantum search then takes about 2^128 calls.",
-        f"No attack on AES-256 beats key search; an attacker runs at most 2^{GROVER_ITERATIONS_LOG2} Grover iterations "
-        "in sequence (the advantage in δ); searches in parallel divide the time by the root of their number only.",
+        f"The noise's key has {2 * bits} bits of entropy and stays secret; quantum search then takes about 2^{bits} calls.",
+        f"No attack on {cipher} beats key search; an attacker runs at most 2^{GROVER_ITERATIONS_LOG2} Grover iterations "
+        "in sequence (the advantage in δ); running k searches side by side divides the time by √k only.",
     )

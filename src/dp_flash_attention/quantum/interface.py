@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from dp_flash_attention.core.errors import InvalidInputError
@@ -32,6 +32,23 @@ class DeltaParts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One thing that can fail, and what protects if everything else does. Layers are never added up.
+
+    Attributes:
+        fails: What has failed when this layer is all that is left.
+        epsilon: ε against an attacker who has all of that, at ``delta``.
+        delta: δ.
+        noise_stddev: Of the noise that attacker cannot subtract, in the value's unit.
+    """
+
+    fails: str
+    epsilon: float
+    delta: float
+    noise_stddev: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Release:
     """A released value with everything that is claimed about it. All of it may be published.
 
@@ -48,6 +65,7 @@ class Release:
         certified: What follows from theorems and public numbers.
         estimated: What was measured.
         assumed: What has to be true besides.
+        layers: For mechanisms of several parties: what holds when which of them fail.
     """
 
     value: Any
@@ -62,6 +80,7 @@ class Release:
     certified: tuple[str, ...]
     estimated: tuple[str, ...]
     assumed: tuple[str, ...]
+    layers: tuple[Layer, ...] = ()
 
     def statement(self) -> dict[str, Any]:
         """Returns the claim without the value, as JSON values."""
@@ -87,6 +106,7 @@ class Release:
             "certified": list(self.certified),
             "estimated": list(self.estimated),
             "assumed": list(self.assumed),
+            "layers": [asdict(layer) for layer in self.layers],
         }
 
 

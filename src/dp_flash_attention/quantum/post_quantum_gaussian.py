@@ -17,12 +17,13 @@ from dp_flash_attention.core.privacy import (
     Sensitivity,
 )
 from dp_flash_attention.core.validation import positive_finite
-from dp_flash_attention.noise import NoiseKey, SecretKey
+from dp_flash_attention.noise import ExactCipher, NoiseKey, SecretKey
 from dp_flash_attention.noise.entropy import os_entropy
 from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
+    key_bits,
     quantum_security_bits,
     strength_assumptions,
 )
@@ -30,8 +31,6 @@ from dp_flash_attention.quantum.grid import round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector, unpack
 
-# The advantage is fixed before the noise is planned: for 2^40 blocks of 16 bytes, more than one release can read.
-_ADVANTAGE = generator_advantage(1 << 40)
 _UNIT_ROUNDOFF = 2.0**-53
 
 
@@ -45,6 +44,8 @@ class PostQuantumGaussian:
             have γ = 1, and rounding costs nothing.
         l2_clip_norm: If given, the value is first projected onto the ball of this L2 norm, which moves no two values
             further apart; the sensitivity is then at most twice this.
+        cipher: What turns the key into bits: ``"aes-256-ctr"`` (fastest), ``"chacha20"``, or ``"shake256"``, which alone
+            can carry more than 128 bits against quantum search, from a key that has them.
         privacy_unit: What the sensitivity was derived for.
 
     Raises:
@@ -77,6 +78,7 @@ class PostQuantumGaussian:
         key: NoiseKey | None = None,
         grid: float | None = None,
         l2_clip_norm: float | None = None,
+        cipher: ExactCipher = "aes-256-ctr",
         privacy_unit: PrivacyUnit = PrivacyUnit.EXAMPLE,
     ) -> None:
         master = SecretKey.from_os() if key is None else key
@@ -88,6 +90,7 @@ class PostQuantumGaussian:
             if l2_clip_norm is None
             else positive_finite("l2_clip_norm", l2_clip_norm, remedy="It is the largest norm kept.")
         )
+        self._cipher: ExactCipher = cipher
         self._unit = privacy_unit
         self._step = 0
         self._lock = threading.Lock()
@@ -111,7 +114,7 @@ class PostQuantumGaussian:
             l2_sensitivity=bound,
             budget=budget,
             grid=self._grid,
-            advantage=_ADVANTAGE,
+            advantage=self._advantage(dimension),
         )
 
     def release(self, value: Any, sensitivity: Sensitivity, budget: PrivacyBudget) -> Release:
@@ -176,7 +179,7 @@ class PostQuantumGaussian:
             l2_sensitivity=bound.l2,
             budget=checked_request(bound, budget)[1],
             grid=self._grid,
-            advantage=_ADVANTAGE,
+            advantage=self._advantage(matrix.shape[1]),
         )
         total = np.zeros(matrix.shape[1], dtype=np.int64)
         for row in matrix:
@@ -192,9 +195,12 @@ class PostQuantumGaussian:
     def _add_noise(self, counts: Integers, plan: GaussianPlan) -> Vector:
         with self._lock:
             step, self._step = self._step, self._step + 1
-        noise = noise_for(plan.variance).draw(self._key, counts.size, step=step)
+        noise = noise_for(plan.variance).draw(self._key, counts.size, step=step, cipher=self._cipher)
         noise += counts
         return noise.astype(np.float64) * plan.grid
+
+    def _advantage(self, dimension: int) -> float:
+        return generator_advantage(dimension, key_bits(self._key), self._cipher)
 
     def _describe(self, value: Any, plan: GaussianPlan, relation: NeighboringRelation) -> Release:
         return Release(
@@ -206,7 +212,7 @@ class PostQuantumGaussian:
             noise_stddev=plan.noise_stddev,
             grid=plan.grid,
             guarantee=gaussian_guarantee(plan, relation, self._unit),
-            quantum_security_bits=quantum_security_bits(self._key),
+            quantum_security_bits=quantum_security_bits(self._key, self._cipher),
             certified=(
                 f"({plan.epsilon:g}, {plan.delta.total:.3g})-DP, {plan.delta.sampler:.2g} of δ for the sampler's distance",
                 f"rounding {plan.dimension} coordinates to multiples of {plan.grid:g} is in the sensitivity",
@@ -214,7 +220,7 @@ class PostQuantumGaussian:
             estimated=(),
             assumed=(
                 "The sensitivity passed in holds for the value passed in.",
-                *strength_assumptions(self._key),
+                *strength_assumptions(self._key, self._cipher),
             ),
         )
 
@@ -232,8 +238,9 @@ def gaussian_guarantee(plan: GaussianPlan, relation: NeighboringRelation, unit: 
 
 
 def _projection_slack(l2_clip_norm: float, dimension: int) -> float:
-    """How much rounding in ``_projected`` can add to a distance of two projected vectors: a norm of d terms, a quotient
-    and a product, for each of the two; rounded up fourfold.
+    """Returns how much rounding in ``_projected`` can add to the distance of two projected vectors.
+
+    A norm of d terms, a quotient and a product, for each of the two; rounded up fourfold.
     """
     return 8.0 * (dimension + 8) * _UNIT_ROUNDOFF * l2_clip_norm
 

@@ -45,18 +45,20 @@ def unpack(value: object) -> Unpacked:
         InvalidInputError: If it is of another kind, empty, not finite or too large. The message names no
             number of the value: errors end up in logs.
     """
+    if isinstance(value, bool):
+        raise InvalidInputError("value", "bool", bound=_KINDS, remedy="Convert it first.")
     if isinstance(value, torch.Tensor):
         found = _from_tensor(value)
     elif isinstance(value, np.ndarray):
         found = _from_array(value)
-    elif isinstance(value, Integral) and not isinstance(value, bool):
+    elif isinstance(value, Integral):
         whole_number = int(value)
         if abs(whole_number) > MAX_MAGNITUDE:
             raise _too_large()
         found = Unpacked(
             vector=np.array([whole_number], dtype=np.float64), whole=True, restore=lambda v: round(v[0])
         )
-    elif isinstance(value, Real) and not isinstance(value, bool):
+    elif isinstance(value, Real):
         found = Unpacked(
             vector=np.array([float(value)], dtype=np.float64), whole=False, restore=lambda v: float(v[0])
         )
