@@ -20,6 +20,7 @@ from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     quantum_security_bits,
+    secret_bits,
     strength_assumptions,
 )
 from dp_flash_attention.quantum.grid import round_to_grid
@@ -228,7 +229,7 @@ class AmplitudeEstimationResistant:
                 theorem="any number of repeats is post-processing of one discrete Gaussian answer",
                 source="Canonne, Kamath & Steinke 2020; Dwork & Roth 2014, Proposition 2.1",
             ),
-            quantum_security_bits=quantum_security_bits(self._master, _CIPHER),
+            quantum_security_bits=quantum_security_bits(secret_bits(self._master), _CIPHER),
             certified=(
                 f"this query, asked any number of times: ({plan.epsilon:g}, {plan.delta.total:.3g})-DP",
                 "distinct queries are added up in the charge book",
@@ -238,6 +239,6 @@ class AmplitudeEstimationResistant:
                 "The data do not change under one data_version, and the computation is deterministic.",
                 "The sensitivity passed in holds for the answer.",
                 "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
-                *strength_assumptions(self._master, _CIPHER),
+                *strength_assumptions(secret_bits(self._master), _CIPHER),
             ),
         )

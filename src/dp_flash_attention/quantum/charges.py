@@ -81,10 +81,13 @@ class ConcentratedBudget:
             )
         price = math.ceil(rho * MICRO * (1.0 + 1e-12))
         with self._lock:
-            if (
-                self._micro_rho + price > self._limit_micro_rho
-                or self._distance + distance > self._limit_distance
-            ):
+            if self._distance + distance > self._limit_distance:
+                raise BudgetExhaustedError(
+                    f"This query's noise is {distance:.3g} away from ideal noise, but only "
+                    f"{self._limit_distance - self._distance:.3g} is left of what (1+e^epsilon) times all distances may "
+                    f"take of delta = {self.total.delta:g}. Use a smaller total epsilon; nothing was computed or spent."
+                )
+            if self._micro_rho + price > self._limit_micro_rho:
                 raise BudgetExhaustedError(
                     f"This query costs rho = {price / MICRO:g}, but only "
                     f"{(self._limit_micro_rho - self._micro_rho) / MICRO:g} of {self.limit_rho:g} is left. "

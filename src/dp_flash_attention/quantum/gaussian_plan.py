@@ -22,6 +22,8 @@ from dp_flash_attention.quantum.values import MAX_MAGNITUDE
 
 # σ² is rounded up to a multiple of 1/2^16 of itself, so that tables are built from short rational numbers.
 _VARIANCE_BITS = 16
+# So that the parts of δ, added in floating point, never exceed the budget.
+_HEADROOM = 1.0 - 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +96,18 @@ def plan_gaussian(
             bound=f"above {2 * reserved:.3g}, twice what finite precision of {d} coordinates costs at this epsilon",
             remedy="Raise delta, lower epsilon, or release fewer coordinates.",
         )
-    ideal_budget = PrivacyBudget(epsilon=budget.epsilon, delta=budget.delta - reserved)
+    ideal_budget = PrivacyBudget(epsilon=budget.epsilon, delta=(budget.delta - reserved) * _HEADROOM)
     variance = _rounded_up(
         discrete_gaussian_sigma(budget=ideal_budget, l2_sensitivity=max(moved, 1.0), dimension=d)
     )
     sigma = math.sqrt(float(variance)) * (1.0 - 1e-15)  # never above the true root
-    noise = noise_for(variance)
-    if noise.largest > MAX_MAGNITUDE:
+    # Nothing that comes out is larger than about 14 σ.
+    if 20.0 * sigma > MAX_MAGNITUDE:
         raise InvalidInputError(
             "grid", gamma, bound="wide enough that noise fits 2^52 steps", remedy="Use a wider grid."
         )
+    noise = noise_for(variance)
+    assert noise.largest <= MAX_MAGNITUDE, "tables end near 14 σ"
     sampler = d * noise.total_variation
     return GaussianPlan(
         dimension=d,

@@ -43,20 +43,24 @@ def key_bits(key: NoiseKey) -> int:
     return 8 * len(key.export())
 
 
-def quantum_security_bits(key: NoiseKey, cipher: ExactCipher) -> int:
-    """Returns min(key, cipher's key or capacity)/2; 0 for a test key, whose bytes anyone can compute."""
-    if key.is_test_key:
-        return 0
-    return min(key_bits(key), _CIPHER_KEY_BITS.get(cipher, _CAPACITY_BITS)) // 2
+def secret_bits(key: NoiseKey) -> int:
+    """Returns ``key_bits``, or 0 for a test key, whose bytes anyone can compute."""
+    return 0 if key.is_test_key else key_bits(key)
 
 
-def strength_assumptions(key: NoiseKey, cipher: ExactCipher) -> tuple[str, ...]:
+def quantum_security_bits(bits: int, cipher: ExactCipher) -> int:
+    """Returns min(secret bits, cipher's key or capacity)/2."""
+    return min(bits, _CIPHER_KEY_BITS.get(cipher, _CAPACITY_BITS)) // 2
+
+
+def strength_assumptions(bits: int, cipher: ExactCipher) -> tuple[str, ...]:
     """Returns what has to be true for ``quantum_security_bits`` to mean anything."""
-    if key.is_test_key:
+    if bits == 0:
         return ("NOTHING: the noise comes from a test key, so anyone can subtract it.",)
-    bits = quantum_security_bits(key, cipher)
+    strength = quantum_security_bits(bits, cipher)
     return (
-        f"The noise's key has {2 * bits} bits of entropy and stays secret; quantum search then takes about 2^{bits} calls.",
+        f"The noise's key has {2 * strength} bits of entropy and stays secret; quantum search then takes about "
+        f"2^{strength} calls.",
         f"No attack on {cipher} beats key search; an attacker runs at most 2^{GROVER_ITERATIONS_LOG2} Grover iterations "
         "in sequence (the advantage in δ); running k searches side by side divides the time by √k only.",
     )

@@ -57,7 +57,8 @@ class Release:
         mechanism: Name of the mechanism.
         epsilon: ε.
         delta: δ by origin; ``delta.total`` is what is promised.
-        rho: ρ of zero-concentrated DP of the ideal mechanism, which composes by addition.
+        rho: ρ of zero-concentrated DP of the ideal mechanism, which composes by addition; None where no theorem
+            gives one.
         noise_stddev: Standard deviation of each coordinate's noise, in the value's own unit.
         grid: Distance of neighbouring released values (or a lattice's description); public.
         guarantee: Relation, unit, sensitivity, what is public, theorem, source.
@@ -72,7 +73,7 @@ class Release:
     mechanism: str
     epsilon: float
     delta: DeltaParts
-    rho: float
+    rho: float | None
     noise_stddev: float
     grid: float | str
     guarantee: Guarantee

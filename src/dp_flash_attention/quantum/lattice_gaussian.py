@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 from fractions import Fraction
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     key_bits,
     quantum_security_bits,
+    secret_bits,
     strength_assumptions,
 )
 from dp_flash_attention.quantum.interface import DeltaParts, Release, checked_request
@@ -32,7 +33,7 @@ from dp_flash_attention.quantum.post_quantum_gaussian import PostQuantumGaussian
 from dp_flash_attention.quantum.rational_sampler import RationalCoins
 from dp_flash_attention.quantum.values import unpack
 
-_CIPHER = "aes-256-ctr"
+_CIPHER: Final = "aes-256-ctr"
 # A coordinate costs about 0.1 ms in rational arithmetic; more than this is a mistake of scale.
 MAX_COORDINATES = 1 << 16
 # Rational coins read some hundred blocks a coordinate; the switching term is charged for a tile of each.
@@ -160,13 +161,13 @@ class LatticeGaussian:
                 theorem="discrete Gaussian on a lattice; Klein's sampler within its Gram-Schmidt bound",
                 source="Canonne, Kamath & Steinke 2020; Gentry, Peikert & Vaikuntanathan 2008",
             ),
-            quantum_security_bits=quantum_security_bits(self._key, _CIPHER),
+            quantum_security_bits=quantum_security_bits(secret_bits(self._key), _CIPHER),
             certified=(f"({budget.epsilon:g}, {delta.total:.3g})-DP on the lattice",),
             estimated=(),
             assumed=(
                 "The sensitivity passed in holds for the value passed in.",
                 "Nobody times the sampler: how long it runs depends on the noise.",
-                *strength_assumptions(self._key, _CIPHER),
+                *strength_assumptions(secret_bits(self._key), _CIPHER),
             ),
         )
 
@@ -185,7 +186,7 @@ class LatticeGaussian:
                 bound=f"above {2 * reserved:.3g}",
                 remedy="Raise delta or lower epsilon.",
             )
-        ideal = PrivacyBudget(epsilon=budget.epsilon, delta=budget.delta - reserved)
+        ideal = PrivacyBudget(epsilon=budget.epsilon, delta=(budget.delta - reserved) * (1.0 - 1e-12))
         sigma = lattice_gaussian_sigma(
             budget=ideal, l2_sensitivity=moved, gram_schmidt_norms=norms, copies=copies
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     quantum_security_bits,
+    secret_bits,
     strength_assumptions,
 )
 from dp_flash_attention.quantum.grid import round_to_grid
@@ -23,7 +24,7 @@ from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.layered_plan import LayeredPlan, NoiseLaw, plan_layered
 from dp_flash_attention.quantum.values import Integers, unpack
 
-_CIPHER = "aes-256-ctr"
+_CIPHER: Final = "aes-256-ctr"
 _KEY_BITS = 256
 
 
@@ -129,7 +130,12 @@ class LayeredNoise:
         return round_to_grid(unpacked.vector, plan.grid) + noise
 
     def combine(
-        self, messages: Mapping[int, Integers], plan: LayeredPlan, sensitivity: Sensitivity
+        self,
+        messages: Mapping[int, Integers],
+        plan: LayeredPlan,
+        sensitivity: Sensitivity,
+        *,
+        key_bits: int = _KEY_BITS,
     ) -> Release:
         """Returns the sum of what the survivors sent, float64 [d].
 
@@ -137,6 +143,7 @@ class LayeredNoise:
             messages: By party number, from those that stayed.
             plan: The common plan.
             sensitivity: For its relation.
+            key_bits: Secret bits of the weakest honest party's key, as the parties state it.
 
         Raises:
             InvalidInputError: If fewer than h stayed, a party is unknown, or a message has another length. Nothing is
@@ -163,7 +170,9 @@ class LayeredNoise:
                     "message", message.shape, bound=f"int64 [{plan.dimension}]", remedy="Use message()."
                 )
             total += message
-        return self._describe(total.astype(np.float64) * plan.grid, plan, sensitivity, len(messages))
+        return self._describe(
+            total.astype(np.float64) * plan.grid, plan, sensitivity, len(messages), key_bits
+        )
 
     def release(
         self,
@@ -184,7 +193,7 @@ class LayeredNoise:
         Raises:
             InvalidInputError: If an argument is out of range.
         """
-        shape = getattr(value, "shape", ())
+        shape: tuple[int, ...] = tuple(getattr(value, "shape", ()))
         if len(shape) != 2 or shape[0] != self._n:
             raise InvalidInputError(
                 "value",
@@ -199,12 +208,12 @@ class LayeredNoise:
         messages = {
             party: self.message(value[party], plan, key=secrets[party], step=0) for party in range(self._n)
         }
-        return self.combine(messages, plan, sensitivity)
+        return self.combine(messages, plan, sensitivity, key_bits=min(map(secret_bits, secrets)))
 
-    def _describe(self, value: Any, plan: LayeredPlan, sensitivity: Sensitivity, survivors: int) -> Release:
+    def _describe(
+        self, value: Any, plan: LayeredPlan, sensitivity: Sensitivity, survivors: int, key_bits: int
+    ) -> Release:
         h = plan.num_honest
-        # Parties hold their own keys; the weakest that a caller can hold here is 256 bits.
-        stand_in = SecretKey(bytes(32))
         return Release(
             value=value,
             mechanism=self.name,
@@ -229,7 +238,7 @@ class LayeredNoise:
                 theorem=f"sum of at least {h} honest shares of {plan.law.replace('_', ' ')} noise",
                 source="Agarwal, Kairouz & Liu 2021; Kairouz, Liu & Steinke 2021",
             ),
-            quantum_security_bits=quantum_security_bits(stand_in, _CIPHER),
+            quantum_security_bits=quantum_security_bits(key_bits, _CIPHER),
             certified=(
                 f"({plan.budget.epsilon:g}, {plan.delta.total:.3g})-DP if at least {h} of the {survivors} survivors are "
                 "honest",
@@ -239,7 +248,7 @@ class LayeredNoise:
             assumed=(
                 f"At least {h} survivors drew their share as planned and keep it secret.",
                 "The sensitivity passed in holds for the sum of the rows, and a unit lies within one row.",
-                *strength_assumptions(stand_in, _CIPHER),
+                *strength_assumptions(key_bits, _CIPHER),
             ),
             layers=(
                 plan.layer(f"the server and all but {h} survivors collude", h),

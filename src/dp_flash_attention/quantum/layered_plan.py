@@ -11,7 +11,6 @@ from typing import Literal
 
 from dp_flash_attention.accounting import (
     skellam_epsilon,
-    skellam_rdp,
     skellam_variance,
     summed_discrete_gaussian_delta,
     summed_discrete_gaussian_rho,
@@ -25,6 +24,8 @@ from dp_flash_attention.quantum.interface import DeltaParts, Layer
 
 NoiseLaw = Literal["skellam", "discrete_gaussian"]
 _VARIANCE_BITS = 16
+# So that the parts of δ, added in floating point, never exceed the budget.
+_HEADROOM = 1.0 - 1e-12
 # 128-bit tables of up to 10^6 entries are within 2^-107 of their law.
 _MAX_DISTANCE = 2.0**-100
 
@@ -44,7 +45,7 @@ class LayeredPlan:
         share_variance: Of each party's noise in units of the grid squared: the whole over h, not over n.
         budget: What h honest survivors guarantee.
         delta: δ by origin, for h honest survivors.
-        rho: ρ for h honest survivors (for Skellam the largest R(α)/α over whole orders).
+        rho: ρ for h honest survivors; None for Skellam, whose theorem covers whole orders only.
     """
 
     law: NoiseLaw
@@ -57,7 +58,7 @@ class LayeredPlan:
     share_variance: Fraction
     budget: PrivacyBudget
     delta: DeltaParts
-    rho: float
+    rho: float | None
 
     def layer(self, fails: str, num_shares: int) -> Layer:
         """Returns what ``num_shares`` shares of noise guarantee when the rest is known to the attacker."""
@@ -105,7 +106,7 @@ def plan_layered(
         raise InvalidInputError(
             "delta", budget.delta, bound=f"above {2 * reserved:.3g}", remedy="Raise delta or lower epsilon."
         )
-    ideal = PrivacyBudget(epsilon=budget.epsilon, delta=budget.delta - reserved)
+    ideal = PrivacyBudget(epsilon=budget.epsilon, delta=(budget.delta - reserved) * _HEADROOM)
     total = _least_variance(law, ideal, moved, dimension, num_honest)
     share = _rounded_up(total / num_honest)
     if law == "discrete_gaussian" and float(share) < 0.25:
@@ -186,16 +187,12 @@ def _edge(fits: Callable[[float], bool], start: float) -> float:
     return safe
 
 
-def _rho(law: NoiseLaw, share: float, shares: int, moved: float, dimension: int) -> float:
+def _rho(law: NoiseLaw, share: float, shares: int, moved: float, dimension: int) -> float | None:
     if law == "discrete_gaussian":
         return summed_discrete_gaussian_rho(
             sigma=math.sqrt(share), num_summands=shares, l2_sensitivity=max(moved, 1.0), dimension=dimension
         )
-    return max(
-        skellam_rdp(order, variance=shares * share, l2_sensitivity=max(moved, 1.0), dimension=dimension)
-        / order
-        for order in (2, 3, 4, 8, 16, 64, 1024)
-    )
+    return None
 
 
 def _table_distance(law: NoiseLaw, share: Fraction) -> float:

@@ -25,6 +25,7 @@ from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     key_bits,
     quantum_security_bits,
+    secret_bits,
     strength_assumptions,
 )
 from dp_flash_attention.quantum.grid import round_to_grid
@@ -212,7 +213,7 @@ class PostQuantumGaussian:
             noise_stddev=plan.noise_stddev,
             grid=plan.grid,
             guarantee=gaussian_guarantee(plan, relation, self._unit),
-            quantum_security_bits=quantum_security_bits(self._key, self._cipher),
+            quantum_security_bits=quantum_security_bits(secret_bits(self._key), self._cipher),
             certified=(
                 f"({plan.epsilon:g}, {plan.delta.total:.3g})-DP, {plan.delta.sampler:.2g} of δ for the sampler's distance",
                 f"rounding {plan.dimension} coordinates to multiples of {plan.grid:g} is in the sensitivity",
@@ -220,7 +221,7 @@ class PostQuantumGaussian:
             estimated=(),
             assumed=(
                 "The sensitivity passed in holds for the value passed in.",
-                *strength_assumptions(self._key, self._cipher),
+                *strength_assumptions(secret_bits(self._key), self._cipher),
             ),
         )
 

@@ -67,7 +67,9 @@ def unpack(value: object) -> Unpacked:
     if found.vector.size == 0:
         raise InvalidInputError("value", "empty", bound="at least one number", remedy="Release something.")
     # One pass: a sum of squares is finite only if every number is, and none is near the top of the range.
-    if not np.isfinite(np.dot(found.vector, found.vector)):
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = float(np.dot(found.vector, found.vector))
+    if not np.isfinite(squared):
         raise InvalidInputError(
             "value", "not shown", bound="finite (no NaN, no infinity)", remedy="Find where it overflowed."
         )
