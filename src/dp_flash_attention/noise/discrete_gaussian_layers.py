@@ -148,7 +148,7 @@ def certify_layers(
     if not layers.variances:
         raise InvalidInputError("layers", layers, bound="at least one variance", remedy="Use plan_layers.")
     positive_int("multiplier", layers.multiplier, remedy="Use plan_layers.")
-    built = {variance: build_table(variance) for variance in layers.variances}
+    built = {variance: build_table(variance) for variance in dict.fromkeys(layers.variances)}
     tables = tuple(built[variance] for variance in layers.variances)
     distance = {variance: certify_table(table).total_variation for variance, table in built.items()}
     certificate = GaussianCertificate(
