@@ -101,13 +101,13 @@ def plan_gaussian(
         discrete_gaussian_sigma(budget=ideal_budget, l2_sensitivity=max(moved, 1.0), dimension=d)
     )
     sigma = math.sqrt(float(variance)) * (1.0 - 1e-15)  # never above the true root
-    # Nothing that comes out is larger than about 14 σ.
+    # Nothing that comes out is larger than 18 σ.
     if 20.0 * sigma > MAX_MAGNITUDE:
         raise InvalidInputError(
             "grid", gamma, bound="wide enough that noise fits 2^52 steps", remedy="Use a wider grid."
         )
     noise = noise_for(variance)
-    assert noise.largest <= MAX_MAGNITUDE, "tables end near 14 σ"
+    assert noise.largest <= MAX_MAGNITUDE, "tables end below 18 σ"
     sampler = d * noise.total_variation
     return GaussianPlan(
         dimension=d,

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Literal
 
 from dp_flash_attention.accounting import (
+    discrete_gaussian_sigma,
     skellam_epsilon,
     skellam_variance,
     summed_discrete_gaussian_delta,
@@ -28,6 +29,8 @@ _VARIANCE_BITS = 16
 _HEADROOM = 1.0 - 1e-12
 # 128-bit tables of up to 10^6 entries are within 2^-107 of their law.
 _MAX_DISTANCE = 2.0**-100
+# More noise than this only to make a bound hold means that the grid was chosen badly.
+_MAX_CLOSENESS_PRICE = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +112,6 @@ def plan_layered(
     ideal = PrivacyBudget(epsilon=budget.epsilon, delta=(budget.delta - reserved) * _HEADROOM)
     total = _least_variance(law, ideal, moved, dimension, num_honest)
     share = _rounded_up(total / num_honest)
-    if law == "discrete_gaussian" and float(share) < 0.25:
-        raise InvalidInputError(
-            "grid",
-            gamma,
-            bound=f"below {2.0 * math.sqrt(float(share)) * gamma:.3g}, where each share has a parameter of at least half "
-            "a step, which the closeness bound of summed discrete Gaussians needs",
-            remedy="Use a finer grid, or law='skellam', which sums exactly.",
-        )
     sampler = dimension * num_honest * _table_distance(law, share)
     return LayeredPlan(
         law=law,
@@ -140,8 +135,9 @@ def _least_variance(law: NoiseLaw, ideal: PrivacyBudget, moved: float, dimension
         return skellam_variance(budget=ideal, l2_sensitivity=max(moved, 1.0), dimension=dimension)
 
     def fits(variance: float) -> bool:
-        # Below half a step a share there is no bound; the plan refuses that afterwards, by name.
-        sigma = max(0.5, math.sqrt(variance / shares))
+        sigma = math.sqrt(variance / shares)
+        if sigma < 0.5:
+            return False  # there the closeness bound says nothing
         found = summed_discrete_gaussian_delta(
             epsilon=ideal.epsilon,
             sigma=sigma,
@@ -151,7 +147,17 @@ def _least_variance(law: NoiseLaw, ideal: PrivacyBudget, moved: float, dimension
         )
         return found <= ideal.delta
 
-    return _edge(fits, moved * moved)
+    variance = _edge(fits, moved * moved)
+    one = discrete_gaussian_sigma(budget=ideal, l2_sensitivity=max(moved, 1.0), dimension=dimension) ** 2
+    if variance > _MAX_CLOSENESS_PRICE * one:
+        raise InvalidInputError(
+            "grid",
+            f"one share of sigma {math.sqrt(one / shares):.3g} steps",
+            bound=f"so fine that the closeness bound of {shares} summed shares costs at most "
+            f"{_MAX_CLOSENESS_PRICE - 1:.0%} more variance; here it would cost {variance / one - 1:.0%}",
+            remedy="Use a finer grid, or law='skellam', which sums exactly.",
+        )
+    return variance
 
 
 def _epsilon(law: NoiseLaw, share: float, shares: int, moved: float, dimension: int, delta: float) -> float:
