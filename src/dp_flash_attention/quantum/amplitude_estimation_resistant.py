@@ -12,7 +12,7 @@ import numpy as np
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
 from dp_flash_attention.core.validation import non_negative_int
-from dp_flash_attention.noise import ExactCipher, NoiseKey, SecretKey
+from dp_flash_attention.noise import NoiseKey, SecretKey, WideSecretKey
 from dp_flash_attention.quantum.canonical import canonical_bytes
 from dp_flash_attention.quantum.charges import ChargeBook
 from dp_flash_attention.quantum.exact_noise import noise_for
@@ -20,16 +20,16 @@ from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     quantum_security_bits,
+    searched_bits,
     secret_bits,
     strength_assumptions,
+    suitable_cipher,
 )
 from dp_flash_attention.quantum.grid import round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.prf import keyed_shake256
 from dp_flash_attention.quantum.values import Integers, unpack
 
-_CIPHER: ExactCipher = "aes-256-ctr"
-_SEED_BYTES = 32
 _DIGEST_BYTES = 64
 
 
@@ -44,7 +44,8 @@ class AmplitudeEstimationResistant:
     is independent and not shared.
 
     Args:
-        key: Secret; from ``load_memo_key`` for answers that survive a restart.
+        key: Secret; from ``load_memo_key`` for answers that survive a restart. A ``WideSecretKey`` carries more than 128
+            bits against quantum search.
         charges: Where each distinct query pays, before the data are looked at.
         data_version: Public name of this state of the data; any change of the data needs a new one.
         epoch: Public counter.
@@ -86,6 +87,7 @@ class AmplitudeEstimationResistant:
         self._epoch = non_negative_int("epoch", epoch, remedy="Count epochs from 0.")
         self._master = key
         self._secret = key.derive("quantum.amplitude_estimation_resistant").export()
+        self._cipher = suitable_cipher(key, None)
         self._charges = charges
         self._grid = grid
         self._unit = privacy_unit
@@ -125,7 +127,7 @@ class AmplitudeEstimationResistant:
             l2_sensitivity=sensitivity.l2,
             budget=budget,
             grid=self._grid,
-            advantage=generator_advantage(dimension, 8 * _SEED_BYTES, _CIPHER),
+            advantage=generator_advantage(dimension, searched_bits(self._master), self._cipher),
         )
         label = self._label(query, plan, sensitivity)
         with self._lock:
@@ -206,10 +208,14 @@ class AmplitudeEstimationResistant:
             label,
             counts.astype("<i8").tobytes(),
             domain=b"dpfa.memo.noise.v1",
-            num_bytes=_SEED_BYTES,
+            num_bytes=len(self._secret),
         )
-        key: NoiseKey = SecretKey.from_bytes(seed)
-        return noise_for(plan.variance).draw(key, counts.size, step=0, cipher=_CIPHER)
+        key: NoiseKey
+        if isinstance(self._master, WideSecretKey):
+            key = WideSecretKey.from_bytes(seed, entropy_bits=self._master.entropy_bits)
+        else:
+            key = SecretKey.from_bytes(seed)
+        return noise_for(plan.variance).draw(key, counts.size, step=0, cipher=self._cipher)
 
     def _describe(self, value: Any, plan: GaussianPlan, sensitivity: Sensitivity) -> Release:
         return Release(
@@ -229,7 +235,7 @@ class AmplitudeEstimationResistant:
                 theorem="any number of repeats is post-processing of one discrete Gaussian answer",
                 source="Canonne, Kamath & Steinke 2020; Dwork & Roth 2014, Proposition 2.1",
             ),
-            quantum_security_bits=quantum_security_bits(secret_bits(self._master), _CIPHER),
+            quantum_security_bits=quantum_security_bits(secret_bits(self._master), self._cipher),
             certified=(
                 f"this query, asked any number of times: ({plan.epsilon:g}, {plan.delta.total:.3g})-DP",
                 "distinct queries are added up in the charge book",
@@ -239,6 +245,6 @@ class AmplitudeEstimationResistant:
                 "The data do not change under one data_version, and the computation is deterministic.",
                 "The sensitivity passed in holds for the answer.",
                 "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
-                *strength_assumptions(secret_bits(self._master), _CIPHER),
+                *strength_assumptions(secret_bits(self._master), self._cipher),
             ),
         )

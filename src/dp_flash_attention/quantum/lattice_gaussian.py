@@ -22,10 +22,11 @@ from dp_flash_attention.noise.entropy import os_entropy
 from dp_flash_attention.quantum.exact_noise import MAX_DISTANCE
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
-    key_bits,
     quantum_security_bits,
+    searched_bits,
     secret_bits,
     strength_assumptions,
+    suitable_cipher,
 )
 from dp_flash_attention.quantum.interface import DeltaParts, Release, checked_request
 from dp_flash_attention.quantum.lattice import Lattice, lattice_from_rows
@@ -94,6 +95,8 @@ class LatticeGaussian:
         master = SecretKey.from_os() if key is None else key
         nonce = "test" if master.is_test_key else os_entropy(32).hex()
         self._key = master.derive(f"quantum.lattice_gaussian.{nonce}")
+        if basis is not None:
+            suitable_cipher(master, _CIPHER)  # rational coins come from AES-256, which takes 256-bit keys
         self._unit = privacy_unit
         self._lattice = None if basis is None else lattice_from_rows(basis)
         self._integers = PostQuantumGaussian(key=self._key, grid=grid, privacy_unit=privacy_unit)
@@ -177,7 +180,7 @@ class LatticeGaussian:
         norms = lattice.gram_schmidt_norms
         factor = 1.0 + math.exp(budget.epsilon)
         coordinates = copies * lattice.dimension
-        advantage = generator_advantage(coordinates * _TILE_PER_COORDINATE, key_bits(self._key), _CIPHER)
+        advantage = generator_advantage(coordinates * _TILE_PER_COORDINATE, searched_bits(self._key), _CIPHER)
         reserved = factor * (coordinates * MAX_DISTANCE + advantage)
         if reserved >= 0.5 * budget.delta:
             raise InvalidInputError(

@@ -23,10 +23,11 @@ from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
-    key_bits,
     quantum_security_bits,
+    searched_bits,
     secret_bits,
     strength_assumptions,
+    suitable_cipher,
 )
 from dp_flash_attention.quantum.grid import round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
@@ -46,7 +47,8 @@ class PostQuantumGaussian:
         l2_clip_norm: If given, the value is first projected onto the ball of this L2 norm, which moves no two values
             further apart; the sensitivity is then at most twice this.
         cipher: What turns the key into bits: ``"aes-256-ctr"`` (fastest), ``"chacha20"``, or ``"shake256"``, which alone
-            can carry more than 128 bits against quantum search, from a key that has them.
+            carries more than 128 bits against quantum search, from a ``WideSecretKey`` that has them. None chooses
+            by the key's length.
         privacy_unit: What the sensitivity was derived for.
 
     Raises:
@@ -79,7 +81,7 @@ class PostQuantumGaussian:
         key: NoiseKey | None = None,
         grid: float | None = None,
         l2_clip_norm: float | None = None,
-        cipher: ExactCipher = "aes-256-ctr",
+        cipher: ExactCipher | None = None,
         privacy_unit: PrivacyUnit = PrivacyUnit.EXAMPLE,
     ) -> None:
         master = SecretKey.from_os() if key is None else key
@@ -91,7 +93,7 @@ class PostQuantumGaussian:
             if l2_clip_norm is None
             else positive_finite("l2_clip_norm", l2_clip_norm, remedy="It is the largest norm kept.")
         )
-        self._cipher: ExactCipher = cipher
+        self._cipher = suitable_cipher(master, cipher)
         self._unit = privacy_unit
         self._step = 0
         self._lock = threading.Lock()
@@ -201,7 +203,7 @@ class PostQuantumGaussian:
         return noise.astype(np.float64) * plan.grid
 
     def _advantage(self, dimension: int) -> float:
-        return generator_advantage(dimension, key_bits(self._key), self._cipher)
+        return generator_advantage(dimension, searched_bits(self._key), self._cipher)
 
     def _describe(self, value: Any, plan: GaussianPlan, relation: NeighboringRelation) -> Release:
         return Release(

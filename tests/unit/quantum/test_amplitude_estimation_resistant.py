@@ -8,7 +8,7 @@ from scipy import stats
 
 from dp_flash_attention.core.errors import BudgetExhaustedError, InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
-from dp_flash_attention.noise import SecretKey
+from dp_flash_attention.noise import SecretKey, WideSecretKey
 from dp_flash_attention.quantum import amplitude_estimation_resistant as module
 from dp_flash_attention.quantum.amplitude_estimation_resistant import AmplitudeEstimationResistant
 from dp_flash_attention.quantum.charges import ConcentratedBudget
@@ -191,6 +191,15 @@ def test_release_takes_a_value_that_is_there_already():
     assert one.value.shape == (2, 3)
     assert np.array_equal(mechanism.release(value, ONE, PRICE, query="table").value, one.value)
     assert one.rho == pytest.approx(mechanism._charges.spent_rho, abs=1e-6)
+
+
+def test_a_wide_key_carries_its_bits():
+    wide = WideSecretKey.from_bytes(bytes(range(64)), entropy_bits=512)
+    charges = ConcentratedBudget(PrivacyBudget(epsilon=5.0, delta=1e-6))
+    mechanism = AmplitudeEstimationResistant(key=wide, charges=charges, data_version="v1")
+    one, other = (mechanism.answer("q", lambda: 1.5, sensitivity=ONE, budget=PRICE) for _ in range(2))
+    assert one.value == other.value
+    assert one.quantum_security_bits == 256
 
 
 @pytest.mark.parametrize("change", [{"version": ""}, {"version": 3}, {"epoch": -1}, {"epoch": 1.5}], ids=str)

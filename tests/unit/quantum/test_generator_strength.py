@@ -1,12 +1,15 @@
 import pytest
 
-from dp_flash_attention.noise import SecretKey, TestKey
+from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.noise import SecretKey, TestKey, WideSecretKey
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     key_bits,
     quantum_security_bits,
+    searched_bits,
     secret_bits,
     strength_assumptions,
+    suitable_cipher,
 )
 
 
@@ -24,6 +27,17 @@ def test_a_test_key_is_worth_nothing_and_says_so():
     assert secret_bits(SecretKey.from_os()) == 256
     assert "NOTHING" in strength_assumptions(0, "aes-256-ctr")[0]
     assert quantum_security_bits(0, "shake256") == 0
+
+
+def test_a_wide_key_is_worth_what_its_sources_gave_and_never_its_length():
+    for entropy in (256, 400, 512):
+        key = WideSecretKey.from_bytes(bytes(range(64)), entropy_bits=entropy)
+        assert secret_bits(key) == searched_bits(key) == entropy
+        assert quantum_security_bits(secret_bits(key), suitable_cipher(key, None)) == entropy // 2
+    assert suitable_cipher(SecretKey.from_os(), None) == "aes-256-ctr"
+    for cipher in ("aes-256-ctr", "chacha20"):  # it would use half of the key
+        with pytest.raises(InvalidInputError, match="shake256"):
+            suitable_cipher(key, cipher)
 
 
 def test_the_advantage_is_key_search_and_for_aes_the_missing_repeats():

@@ -9,7 +9,7 @@ from scipy import stats
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
-from dp_flash_attention.noise import SecretKey, TestKey
+from dp_flash_attention.noise import SecretKey, TestKey, WideSecretKey
 from dp_flash_attention.quantum import post_quantum_gaussian
 from dp_flash_attention.quantum.exact_noise import ExactNoise
 from dp_flash_attention.quantum.post_quantum_gaussian import PostQuantumGaussian
@@ -175,6 +175,16 @@ def test_a_test_key_is_reported_and_a_secret_one_has_128_bits():
 def test_every_cipher_gives_the_law(cipher):
     released = mechanism(cipher=cipher).release(np.zeros(NUM), ONE, BUDGET)
     assert abs(variance_score(released)) < BOUND
+
+
+def test_a_wide_key_from_two_sources_carries_256_bits_against_quantum_search():
+    wide = WideSecretKey.from_bytes(bytes(range(64)), entropy_bits=512)
+    found = PostQuantumGaussian(key=wide).release(np.zeros(NUM), ONE, BUDGET)
+    assert found.quantum_security_bits == 256
+    assert abs(variance_score(found)) < BOUND
+    # The same length from the operating system alone is worth 256 bits, so 128.
+    alone = WideSecretKey.from_bytes(bytes(range(64)), entropy_bits=256)
+    assert PostQuantumGaussian(key=alone).release(1.0, ONE, BUDGET).quantum_security_bits == 128
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
