@@ -89,12 +89,13 @@ def run_checks(
 
 
 def _rows(name: str, check: Check) -> tuple[Evidence, ...]:
+    rows: list[Evidence] = []
     try:
-        rows = tuple(check())
+        rows.extend(check())
     # A check that breaks has shown nothing; hiding that would turn a broken verifier into a passing one.
     except Exception as error:
-        return (_failure(name, f"{type(error).__name__}: {error}"),)
-    return rows or (_failure(name, "the check returned no evidence"),)
+        rows.append(_failure(name, f"{type(error).__name__}: {error}"))
+    return tuple(rows) or (_failure(name, "the check returned no evidence"),)
 
 
 def _failure(name: str, found: str) -> Evidence:
