@@ -311,7 +311,7 @@ def amplitude_estimation() -> Iterator[Evidence]:
     rng = np.random.default_rng()
     noise, value = np.arange(-64, 65), 100.0
     law: npt.NDArray[np.float64] = np.exp(-0.5 * (noise / 8.0) ** 2).astype(np.float64)
-    fresh = mechanism_oracle(value + noise, law, low=20.0, high=200.0)
+    fresh = mechanism_oracle((value + noise).tolist(), law.tolist(), low=20.0, high=200.0)
     charges = ConcentratedBudget(PrivacyBudget(epsilon=20.0, delta=1e-6))
     memoised = AmplitudeEstimationResistant(key=SecretKey.from_os(), charges=charges, data_version="v1")
 
@@ -319,7 +319,7 @@ def amplitude_estimation() -> Iterator[Evidence]:
         return float(memoised.answer("q", lambda: value, sensitivity=_ONE, budget=_PRICE).value)
 
     once = answer()
-    kept = mechanism_oracle([answer() for _ in range(16)], np.ones(16), low=20.0, high=200.0)
+    kept = mechanism_oracle([answer() for _ in range(16)], [1.0] * 16, low=20.0, high=200.0)
     powers = doubling_powers(10)
 
     def error(oracle: Any, target: float) -> float:
