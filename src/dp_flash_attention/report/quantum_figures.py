@@ -50,6 +50,10 @@ def amplitude_estimation_svg(
         )
         axes.set(xscale="log", yscale="log", xlabel="calls q", ylabel="root mean square error")
         axes.set_title("What repeated calls learn of the true value")
-        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.08))
+        # The style parses no math, which logarithmic labels are written in.
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda number, _: f"{number:,.10g}")
+            axis.set_minor_formatter(lambda number, _: "")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
 
     return _svg(draw, (7.2, 4.4))
