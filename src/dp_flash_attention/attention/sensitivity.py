@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dp_flash_attention.attention.interface import Rounding
@@ -81,10 +83,21 @@ def replace_one_sensitivity(
     others = non_negative_int("rest", rest, remedy="Count the rows of all other records.")
     own = non_negative_int("record_rows", record_rows, remedy="A record owns at least one row.")
     mass = _null_mass(null_rows)
-    if own == 0:
-        return 0.0
-    floor = others * math.exp(-2.0 * s) + mass * math.exp(-s)
-    return 2.0 * radius * own / (own + floor / _UPWARD) * _UPWARD
+    return float(replace_one_curve(radius, s, np.array([others]), np.array([own]), mass)[0])
+
+
+def replace_one_curve(
+    value_norm: float,
+    score_bound: float,
+    rest: npt.NDArray[np.int64],
+    record_rows: npt.NDArray[np.int64],
+    null_rows: float,
+) -> npt.NDArray[np.float64]:
+    """Returns ``replace_one_sensitivity`` for many queries at once; its arguments are not checked."""
+    floor = rest * math.exp(-2.0 * score_bound) + null_rows * math.exp(-score_bound)
+    own = np.maximum(record_rows, 1)
+    curve: npt.NDArray[np.float64] = 2.0 * value_norm * own / (own + floor / _UPWARD) * _UPWARD
+    return np.where(record_rows > 0, curve, 0.0)
 
 
 def add_or_remove_sensitivity(
@@ -189,7 +202,13 @@ class RoundingSlack:
 
 
 def rounding_slack(
-    *, rounding: Rounding, dtype: torch.dtype, width: int, num_rows: int, score_bound: float
+    *,
+    rounding: Rounding,
+    dtype: torch.dtype,
+    width: int,
+    num_rows: int,
+    num_passes: int,
+    score_bound: float,
 ) -> RoundingSlack:
     """Returns the worst case, over all data, of the error model of Theorem 5.
 
@@ -198,6 +217,7 @@ def rounding_slack(
         dtype: Compute dtype: what rows, weights and (under ``RUNNING_MAX``) outputs are rounded to.
         width: Numbers of a query.
         num_rows: Most rows that one pass of the kernel runs over.
+        num_passes: Most passes that are merged.
         score_bound: S.
 
     Guarantees:
@@ -208,10 +228,14 @@ def rounding_slack(
     own = unit_roundoff(dtype)
     working = unit_roundoff(torch.float64 if dtype is torch.float64 else torch.float32)
     rows = non_negative_int("num_rows", num_rows, remedy="Count the rows.")
-    # Sums run over a block of rows, then over blocks; kernels use blocks of 64 to 512 rows.
-    sums = (4 + max(b + -(-rows // b) for b in _KERNEL_BLOCKS)) * working
-    # The error of a score is a relative error of its weight; CPU kernels take a 20-bit exponential.
-    weight = (width + 4) * working * score_bound + (2.0**-20 if working > 2.0**-30 else 2.0**-48)
+    passes = non_negative_int("num_passes", num_passes, remedy="Count the passes.")
+    # Sums run over a block of rows, then over blocks, then over passes; kernels use blocks of 64 to 512 rows.
+    sums = (8 + 2 * passes + max(b + -(-rows // b) for b in _KERNEL_BLOCKS)) * working
+    # The error of a score is a relative error of its weight; CPU kernels take a 20-bit exponential. The last
+    # term is the rounding of a pass's log-sum-exp, which is below S + ln(rows) < 64 in magnitude.
+    weight = (
+        (width + 4) * working * score_bound + (2.0**-20 if working > 2.0**-30 else 2.0**-48) + 64.0 * working
+    )
     if rounding is Rounding.FIXED_SHIFT:
         # A row's weight is off by a factor of that row alone, the same in both neighbours.
         return RoundingSlack(score=(weight + own) * _UPWARD, output=2.0 * (2.0 * sums) * _HIGHER_ORDER)
