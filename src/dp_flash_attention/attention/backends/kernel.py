@@ -169,9 +169,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Te
 
 
 def _with_null_rows(out: Tensor, lse: Tensor, null_rows: float) -> tuple[Tensor, Tensor]:
-    total = lse
-    if null_rows > 0.0:
-        total = torch.logaddexp(lse, torch.full((), math.log(null_rows), dtype=lse.dtype, device=lse.device))
+    total = torch.logaddexp(lse, torch.full((), math.log(null_rows), dtype=lse.dtype, device=lse.device))
     working = torch.promote_types(out.dtype, torch.float32)
     share = _share(lse, total, working)
     return out.to(working).mul_(share), total
