@@ -25,6 +25,8 @@ from dp_flash_attention.accounting.events import (
     PrivacyEvent,
     ShuffledGaussian,
 )
+from dp_flash_attention.accounting.filters import GaussianFilter
+from dp_flash_attention.accounting.gdp import compose_gdp, gdp_delta, gdp_epsilon, gdp_mu
 from dp_flash_attention.accounting.pure import (
     BudgetSplit,
     basic_composition,
@@ -43,12 +45,14 @@ __all__ = [
     "Accountant",
     "BudgetSplit",
     "EpsilonSchedule",
+    "GaussianFilter",
     "GaussianRelease",
     "PoissonSampledGaussian",
     "PrivacyEvent",
     "ShuffledGaussian",
     "basic_composition",
     "calibrate_noise_multiplier",
+    "compose_gdp",
     "concentrated_delta",
     "delta",
     "discrete_gaussian_delta",
@@ -59,6 +63,9 @@ __all__ = [
     "discrete_laplace_scale",
     "epsilon",
     "epsilon_schedule",
+    "gdp_delta",
+    "gdp_epsilon",
+    "gdp_mu",
     "max_sampling_prob",
     "max_steps",
     "skellam_epsilon",

@@ -1,0 +1,56 @@
+"""Adds a call's noise to an exact output that is kept in memory, row by row with its own scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dp_flash_attention.attention.interface import NoiseStream
+
+
+def add_noise(exact: Tensor, stddev: Tensor, noise: NoiseStream, out_dtype: torch.dtype) -> Tensor:
+    """Returns ``exact + stddev·z`` in float32, rounded to ``out_dtype``; where gradients are recorded.
+
+    Args:
+        exact: [B, H, Q, E].
+        stddev: [B, H, Q], float32, may be expanded.
+        noise: Where z comes from.
+        out_dtype: Dtype of the result: float32, bfloat16 or float16.
+
+    Returns:
+        [B, H, Q, E]. Its gradient with respect to ``exact`` is the identity.
+    """
+    with torch.no_grad():
+        z = torch.zeros(exact.shape, dtype=torch.float32, device=exact.device)
+        add_noise_into(z, z, stddev, noise)
+    return (exact.to(torch.float32) + z).to(out_dtype).contiguous()
+
+
+def add_noise_into(
+    out: Tensor, exact: Tensor, stddev: Tensor, noise: NoiseStream, *, entry: int = 0, head: int = 0
+) -> None:
+    """Writes ``exact`` plus noise to ``out``, one head at a time, so that scratch is one head's output.
+
+    Args:
+        out: [B, H, Q, E], contiguous; may be ``exact`` itself.
+        exact: A slice of B′ entries and H′ heads of the call, [B′, H′, Q, E].
+        stddev: [B, H, Q] of the whole call.
+        noise: Where z comes from.
+        entry: First batch entry of the slice.
+        head: First head of the slice.
+    """
+    on_host = out.dtype is torch.float32 and out.device.type == "cpu"
+    for b in range(exact.shape[0]):
+        for h in range(exact.shape[1]):
+            source, target = exact[b, h], out[entry + b, head + h]
+            rows = target if on_host else torch.empty(source.shape, dtype=torch.float32)
+            if rows.data_ptr() != source.data_ptr():
+                rows.copy_(source)
+            noise.generator.add_row_normal_(
+                rows,
+                row_stddev=stddev[entry + b, head + h].to("cpu").contiguous(),
+                step=noise.call_id,
+                stream=(entry + b) * out.shape[1] + head + h,
+            )
+            if not on_host:
+                target.copy_(rows)
