@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,18 +43,18 @@ def float32_two_variance(stddev: float) -> np.float32:
     return rounded if float(rounded) >= exact else np.nextafter(rounded, np.float32(np.inf))
 
 
-def checked_target(out: object) -> npt.NDArray[Any]:
-    """Returns ``out``'s memory as an array.
+def checked_tensor(out: object) -> Tensor:
+    """Returns ``out`` if noise can be written to it.
 
     Raises:
         InvalidInputError: If ``out`` is not a dense float32 or float64 tensor without overlap and gradient.
-        NoiseUnavailableError: If ``out`` is not on the CPU.
+        NoiseUnavailableError: If ``out`` is neither on the CPU nor on a CUDA device.
     """
     if not isinstance(out, Tensor):
         raise InvalidInputError("out", type(out).__name__, bound="a torch.Tensor", remedy="Pass a tensor.")
-    if out.device.type != "cpu":
+    if out.device.type not in ("cpu", "cuda"):
         raise NoiseUnavailableError(
-            f"out is on device {str(out.device)!r}, but this generator writes to the CPU only. "
+            f"out is on device {str(out.device)!r}, but this generator writes to the CPU and to CUDA devices. "
             "Keep the sums on the CPU, or fill a CPU tensor and copy it over."
         )
     if out.dtype not in (torch.float32, torch.float64):
@@ -85,8 +84,12 @@ def checked_target(out: object) -> npt.NDArray[Any]:
             bound="free of overlap, or elements would share noise",
             remedy="Pass out.contiguous() or a clone.",
         )
-    array: npt.NDArray[Any] = out.detach().numpy()
-    return array
+    return out
+
+
+def runs_on_kernel(out: Tensor) -> bool:
+    """Whether a kernel writes the numbers: on a CUDA device, and never on the CPU."""
+    return out.device.type == "cuda"
 
 
 def _may_overlap(out: Tensor) -> bool:
