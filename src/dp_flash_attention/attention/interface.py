@@ -117,6 +117,9 @@ class AttentionCall:
 class AttentionBackend(Protocol):
     """Something that runs a call. Stateless: one object serves every thread and device.
 
+    A back end that lives in ``attention.kernels`` is made by ``attention.kernels.backend.make_backend()``, which raises
+    ``DependencyMissingError`` where its compiler is not installed.
+
     The privacy of a call rests on three promises that the contract suite tests: rows are clipped as
     ``RowNorms`` says, before anything else reads them; noise is that of ``NoiseStream``, scaled in float32 or better
     and added before the output is rounded to ``out_dtype``; nothing of the exact output is returned.
