@@ -37,7 +37,7 @@ def compiled(kernel, types, constants, *, num_warps, num_stages=3):
     ).stdout
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spilled_bytes": int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared_bytes": binary.metadata.shared,
         "barriers": binary.asm["ptx"].count("bar.sync"),
         "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),

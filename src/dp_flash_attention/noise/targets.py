@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -87,9 +88,26 @@ def checked_tensor(out: object) -> Tensor:
     return out
 
 
-def runs_on_kernel(out: Tensor) -> bool:
+def checked_target(out: object) -> npt.NDArray[Any]:
+    """Returns ``out``'s memory as an array.
+
+    Raises:
+        InvalidInputError: As ``checked_tensor``.
+        NoiseUnavailableError: If ``out`` is not on the CPU.
+    """
+    tensor = checked_tensor(out)
+    if tensor.device.type != "cpu":
+        raise NoiseUnavailableError(
+            f"out is on device {str(tensor.device)!r}, but this is written on the CPU. "
+            "Keep the sums on the CPU, or fill a CPU tensor and copy it over."
+        )
+    array: npt.NDArray[Any] = tensor.detach().numpy()
+    return array
+
+
+def runs_on_kernel(out: object) -> bool:
     """Whether a kernel writes the numbers: on a CUDA device, and never on the CPU."""
-    return out.device.type == "cuda"
+    return isinstance(out, Tensor) and out.device.type == "cuda"
 
 
 def _may_overlap(out: Tensor) -> bool:

@@ -32,6 +32,7 @@ from dp_flash_attention.noise.keystream import (
 from dp_flash_attention.noise.normals import Float32Transform, normals_float64
 from dp_flash_attention.noise.targets import (
     checked_stddev,
+    checked_target,
     checked_tensor,
     float32_two_variance,
     runs_on_kernel,
@@ -164,33 +165,14 @@ class CounterNormalGenerator:
         return self._write(out, stddev, step, stream, add=True)
 
     def _write(self, out: Tensor, stddev: float, step: int, stream: int, *, add: bool) -> Tensor:
-        out = checked_tensor(out)
+        if runs_on_kernel(out):
+            return self._launch(out, stddev, step, stream, add=add)
+        target = checked_target(out)
         scale = checked_stddev(stddev, out.dtype)
         step, stream = checked_position(step, stream)
-        two_variance = float32_two_variance(scale) if out.dtype is torch.float32 else np.float32(0.0)
-        if runs_on_kernel(out):
-            self._launch(out, two_variance, step, stream, add=add)
-        else:
-            self._write_array(out, scale, two_variance, step, stream, add=add)
-        if out.numel():
-            # Written behind autograd's back: a backward pass that saved the old values must notice.
-            torch.autograd.graph.increment_version(out)
-        return out
-
-    def _launch(self, out: Tensor, two_variance: np.float32, step: int, stream: int, *, add: bool) -> None:
-        key = self.kernel_key(step)
-        require_triton(f"Noise {self.name!r} on device {str(out.device)!r}")
-        from dp_flash_attention.noise.kernels import write_normals
-
-        if out.numel():
-            write_normals(out, two_variance=two_variance, key=key, stream=stream, add=add)
-
-    def _write_array(
-        self, out: Tensor, scale: float, two_variance: np.float32, step: int, stream: int, *, add: bool
-    ) -> None:
-        target: Floats = out.detach().numpy()
         total = out.numel()
         source = self._keystream.at(step=step, stream=stream)
+        two_variance = float32_two_variance(scale) if out.dtype is torch.float32 else np.float32(0.0)
         contiguous = out.is_contiguous()
         # A flat iterator walks any strides in row-major order, slowly, without copying the tensor.
         flat: Any = target.reshape(-1) if contiguous else target.flat
@@ -211,3 +193,19 @@ class CounterNormalGenerator:
 
         if total:
             self._threads.run(write_chunk, total, num_threads=torch.get_num_threads() if contiguous else 1)
+            # NumPy wrote behind autograd's back: a backward pass that saved the old values must notice.
+            torch.autograd.graph.increment_version(out)
+        return out
+
+    def _launch(self, out: Tensor, stddev: float, step: int, stream: int, *, add: bool) -> Tensor:
+        out = checked_tensor(out)
+        scale = checked_stddev(stddev, out.dtype)
+        step, stream = checked_position(step, stream)
+        key = self.kernel_key(step)
+        require_triton(f"Noise {self.name!r} on device {str(out.device)!r}")
+        from dp_flash_attention.noise.kernels import write_normals
+
+        if out.numel():
+            write_normals(out, two_variance=float32_two_variance(scale), key=key, stream=stream, add=add)
+            torch.autograd.graph.increment_version(out)
+        return out

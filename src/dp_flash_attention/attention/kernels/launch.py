@@ -1,0 +1,169 @@
+"""Runs the attention kernel on the tensors of a call."""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from dp_flash_attention.attention.interface import AttentionCall, NoiseStream
+from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
+from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
+from dp_flash_attention.noise import FastNormalGenerator, SecureNormalGenerator
+from dp_flash_attention.noise.device import KernelKey
+from dp_flash_attention.noise.kernels.writer import refuse_graph_capture
+from dp_flash_attention.noise.keystream import TILE_NUMBERS
+
+_LOG2_E: Final = math.log2(math.e)
+_FACTOR_BLOCK_NUMBERS: Final = 8192
+
+Factors = Literal["inline", "ahead"]
+
+
+def kernel_key(noise: NoiseStream) -> KernelKey:
+    """Returns the key of a call's noise.
+
+    Raises:
+        NoiseUnavailableError: If no kernel makes the numbers of its cipher.
+    """
+    if noise.name == "fast":
+        return FastNormalGenerator(noise.key).kernel_key(noise.call_id)
+    return SecureNormalGenerator(noise.key, cipher=noise.cipher).kernel_key(noise.call_id)
+
+
+def block_rows(num_queries: int, value_width: int) -> int:
+    """Returns BLOCK_M: whole tiles of noise, and no more than the queries need.
+
+    Not yet measured: 128 rows are what flash kernels for sm_90 use.
+    """
+    whole_tiles = TILE_NUMBERS // value_width
+    return max(16, whole_tiles, min(128, int(triton.next_power_of_2(num_queries))))
+
+
+def default_factors(call: AttentionCall) -> Factors:
+    """Returns whether the row factors of keys and values are computed by each program or once, ahead.
+
+    Not yet measured. By count of operations, computing them from the tiles costs a quarter of a program's
+    products at widths of 128; ahead, one more pass over keys and values. So: inline if few programs read a row.
+    """
+    _, num_heads, num_queries, _ = call.query.shape
+    readers = (
+        num_heads // call.key.shape[1] * math.ceil(num_queries / block_rows(num_queries, call.value.shape[3]))
+    )
+    return "inline" if readers <= 4 else "ahead"
+
+
+def attention_forward(
+    call: AttentionCall, *, factors: Factors | None = None, with_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the call's output, [B, H, Q, E], and the logarithms of the denominators, float32 [B, H, Q].
+
+    The logarithms depend on the data without noise: they are for a backward pass and for tests, never for release.
+
+    Args:
+        call: A call that ``TritonBackend.refusal`` has nothing against.
+        factors: Where row factors are computed; None chooses by shape.
+        with_lse: Whether the logarithms are wanted; None is returned in their place if not.
+
+    Raises:
+        NoiseReuseError: If a CUDA graph is being captured: its replays would add the same noise again.
+        NoiseUnavailableError: If no kernel makes the numbers of the call's cipher.
+    """
+    query, key, value = call.query, call.key, call.value
+    batch, num_heads, num_queries, width = query.shape
+    num_groups, num_rows, value_width = key.shape[1], key.shape[2], value.shape[3]
+    refuse_graph_capture(query)
+    out = torch.empty((batch, num_heads, num_queries, value_width), dtype=call.out_dtype, device=query.device)
+    lse = torch.empty((batch, num_heads, num_queries), device=query.device) if with_lse else None
+    if out.numel() == 0:
+        return out, lse
+    noise = None if call.noise is None else kernel_key(call.noise)
+    stddev = query.new_zeros(1, 1, 1, dtype=torch.float32) if call.stddev is None else call.stddev
+    hidden = None if call.hidden is None else call.hidden.view(torch.uint8)
+    block_m = block_rows(num_queries, value_width)
+    inline = (default_factors(call) if factors is None else factors) == "inline"
+    block_n, num_warps, num_stages = loop_shape(width, value_width, query.dtype, inline=inline)
+    with torch.cuda.device_of(query):
+        key_factors = key if inline else row_factors(key, call.norms.key)
+        value_factors = value if inline else row_factors(value, call.norms.value)
+        dp_attention_fwd_kernel[(triton.cdiv(num_queries, block_m) * batch * num_heads,)](
+            query,
+            key,
+            value,
+            out,
+            out if lse is None else lse,
+            key_factors,
+            value_factors,
+            key if hidden is None else hidden,
+            stddev,
+            *query.stride(),
+            *key.stride(),
+            *value.stride(),
+            *((0, 0) if hidden is None else hidden.stride()),
+            *stddev.stride(),
+            num_heads,
+            num_heads // num_groups,
+            num_queries,
+            num_rows,
+            call.norms.query,
+            call.norms.key,
+            call.norms.value,
+            call.scale * _LOG2_E,
+            call.score_bound * _LOG2_E,
+            call.null_rows * math.exp(-call.score_bound),
+            *((0,) * 8 if noise is None else noise.words),
+            0 if noise is None else noise.step,
+            WIDTH=width,
+            BLOCK_D=max(16, triton.next_power_of_2(width)),
+            BLOCK_E=value_width,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            CAUSAL=call.causal,
+            HAS_HIDDEN=hidden is not None,
+            INLINE_FACTORS=inline,
+            STORE_LSE=lse is not None,
+            CIPHER=None if noise is None else noise.cipher,
+            # float32 rows are multiplied as float32: TF32 would round them a second time.
+            PRECISION="ieee",
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out, lse
+
+
+def loop_shape(width: int, value_width: int, dtype: torch.dtype, *, inline: bool) -> tuple[int, int, int]:
+    """Returns BLOCK_N, warps and stages of the loop over keys and values.
+
+    Not yet measured. They are the largest blocks for which no register is spilled on sm_90 (triton 3.7.1, 128
+    queries), which ``tests/integration/test_kernels_compile.py`` checks.
+    """
+    wide = max(width, value_width) > 64
+    if max(width, value_width) > 128 or dtype is torch.float32 or (inline and wide):
+        return 32, 8, 2
+    return (64, 8, 2) if wide else (64, 4, 3)
+
+
+def row_factors(rows: Tensor, norm: float) -> Tensor:
+    """Returns min(1, norm/‖x‖) for each row of [B, G, K, width], float32 [B, G, K]."""
+    batch, num_groups, num_rows, width = rows.shape
+    out = torch.empty((batch, num_groups, num_rows), device=rows.device)
+    if out.numel() == 0:
+        return out
+    block_width = triton.next_power_of_2(width)
+    block = max(1, _FACTOR_BLOCK_NUMBERS // block_width)
+    row_factors_kernel[(triton.cdiv(num_rows, block) * batch * num_groups,)](
+        rows,
+        out,
+        *rows.stride(),
+        num_groups,
+        num_rows,
+        norm,
+        WIDTH=width,
+        BLOCK_WIDTH=block_width,
+        BLOCK_ROWS=block,
+        num_warps=4,
+    )
+    return out
