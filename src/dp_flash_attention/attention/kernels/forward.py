@@ -33,24 +33,11 @@ def _accumulate(
     sums,
     weights,
     query,
-    key,
-    value,
-    key_factors,
-    value_factors,
-    hidden,
-    stride_kk,
-    stride_kd,
-    stride_vk,
-    stride_ve,
-    stride_nk,
+    query_index,
+    rows,
+    bounds,
     first,
     last,
-    num_rows,
-    query_index,
-    key_norm,
-    value_norm,
-    scale_log2,
-    shift_log2,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -61,21 +48,27 @@ def _accumulate(
     PRECISION: tl.constexpr,
 ):
     """Adds rows first … last-1 to the weighted sums [BLOCK_M, BLOCK_E] and the sums of weights [BLOCK_M]."""
+    key, value, key_factors, value_factors, hidden, stride_kk, stride_kd, stride_vk, stride_ve, stride_nk = (
+        rows
+    )
+    num_rows, key_norm, value_norm, scale_log2, shift_log2 = bounds
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     for start in tl.range(first, last, BLOCK_N):
         row = start + tl.arange(0, BLOCK_N)
         inside = row < num_rows
         far = row.to(tl.int64)[:, None]
-        keys = tl.load(
+        key_tile = tl.load(
             key + far * stride_kk + d[None, :] * stride_kd,
             mask=inside[:, None] & (d < WIDTH)[None, :],
             other=0.0,
         )
-        values = tl.load(value + far * stride_vk + e[None, :] * stride_ve, mask=inside[:, None], other=0.0)
+        value_tile = tl.load(
+            value + far * stride_vk + e[None, :] * stride_ve, mask=inside[:, None], other=0.0
+        )
         if INLINE_FACTORS:
-            key_factor = row_factors(keys, key_norm)
-            value_factor = row_factors(values, value_norm)
+            key_factor = row_factors(key_tile, key_norm)
+            value_factor = row_factors(value_tile, value_norm)
         else:
             key_factor = tl.load(key_factors + row, mask=inside, other=0.0)
             value_factor = tl.load(value_factors + row, mask=inside, other=0.0)
@@ -84,14 +77,14 @@ def _accumulate(
             seen = seen & (tl.load(hidden + row.to(tl.int64) * stride_nk, mask=inside, other=1) == 0)
         # A row that nobody sees has the exponent -inf, hence the weight 0: no product is spent on the mask.
         shift = tl.where(seen, -shift_log2, float("-inf"))
-        scores = dot(query, tl.trans(keys), tl.zeros([query.shape[0], BLOCK_N], tl.float32), PRECISION)
+        scores = dot(query, tl.trans(key_tile), tl.zeros([query.shape[0], BLOCK_N], tl.float32), PRECISION)
         # Where the factor is 0 the score may have overflowed, and infinity times zero is not zero.
         scores = tl.where((key_factor > 0.0)[None, :], scores * (key_factor * scale_log2)[None, :], 0.0)
         weight = tl.exp2(scores + shift[None, :])
         if DIAGONAL:
             weight = tl.where(row[None, :] <= query_index[:, None], weight, 0.0)
         weights += tl.sum(weight, axis=1)
-        sums = dot(rounded(weight * value_factor[None, :], values.dtype), values, sums, PRECISION)
+        sums = dot(rounded(weight * value_factor[None, :], value_tile.dtype), value_tile, sums, PRECISION)
     return sums, weights
 
 
@@ -147,6 +140,7 @@ def dp_attention_fwd_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PASS_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
     INLINE_FACTORS: tl.constexpr,
@@ -195,16 +189,7 @@ def dp_attention_fwd_kernel(
 
     sums = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     weights = tl.zeros([BLOCK_M], tl.float32)
-    last = num_rows
-    if CAUSAL:
-        last = tl.minimum(num_rows, first_query + BLOCK_M)
-        diagonal = tl.minimum(last, first_query // BLOCK_N * BLOCK_N)
-    else:
-        diagonal = last
-    sums, weights = _accumulate(
-        sums,
-        weights,
-        clipped,
+    rows = (
         key,
         value,
         key_factors,
@@ -215,46 +200,38 @@ def dp_attention_fwd_kernel(
         stride_vk,
         stride_ve,
         stride_nk,
-        0,
-        diagonal,
-        num_rows,
-        t,
-        key_norm,
-        value_norm,
-        scale_log2,
-        shift_log2,
-        WIDTH,
-        BLOCK_D,
-        BLOCK_E,
-        BLOCK_N,
-        HAS_HIDDEN,
-        INLINE_FACTORS,
-        False,
-        PRECISION,
     )
+    bounds = (num_rows, key_norm, value_norm, scale_log2, shift_log2)
     if CAUSAL:
+        last = tl.minimum(num_rows, first_query + BLOCK_M)
+        diagonal = tl.minimum(last, first_query // BLOCK_N * BLOCK_N)
         sums, weights = _accumulate(
             sums,
             weights,
             clipped,
-            key,
-            value,
-            key_factors,
-            value_factors,
-            hidden,
-            stride_kk,
-            stride_kd,
-            stride_vk,
-            stride_ve,
-            stride_nk,
+            t,
+            rows,
+            bounds,
+            0,
+            diagonal,
+            WIDTH,
+            BLOCK_D,
+            BLOCK_E,
+            BLOCK_N,
+            HAS_HIDDEN,
+            INLINE_FACTORS,
+            False,
+            PRECISION,
+        )
+        sums, weights = _accumulate(
+            sums,
+            weights,
+            clipped,
+            t,
+            rows,
+            bounds,
             diagonal,
             last,
-            num_rows,
-            t,
-            key_norm,
-            value_norm,
-            scale_log2,
-            shift_log2,
             WIDTH,
             BLOCK_D,
             BLOCK_E,
@@ -264,6 +241,48 @@ def dp_attention_fwd_kernel(
             True,
             PRECISION,
         )
+    elif PASS_ROWS is None:
+        sums, weights = _accumulate(
+            sums,
+            weights,
+            clipped,
+            t,
+            rows,
+            bounds,
+            0,
+            num_rows,
+            WIDTH,
+            BLOCK_D,
+            BLOCK_E,
+            BLOCK_N,
+            HAS_HIDDEN,
+            INLINE_FACTORS,
+            False,
+            PRECISION,
+        )
+    else:
+        # Long contexts in passes with sums of their own: fewer roundings touch a sum (interface.PASS_ROWS).
+        for first in tl.range(0, num_rows, PASS_ROWS):
+            pass_sums, pass_weights = _accumulate(
+                tl.zeros([BLOCK_M, BLOCK_E], tl.float32),
+                tl.zeros([BLOCK_M], tl.float32),
+                clipped,
+                t,
+                rows,
+                bounds,
+                first,
+                tl.minimum(num_rows, first + PASS_ROWS),
+                WIDTH,
+                BLOCK_D,
+                BLOCK_E,
+                BLOCK_N,
+                HAS_HIDDEN,
+                INLINE_FACTORS,
+                False,
+                PRECISION,
+            )
+            sums += pass_sums
+            weights += pass_weights
 
     denominator = weights + null_weight
     # A query that sees nothing has denominator 0 and sums 0; its output is 0.

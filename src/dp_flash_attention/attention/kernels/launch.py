@@ -19,6 +19,7 @@ from dp_flash_attention.noise.keystream import TILE_NUMBERS
 
 _LOG2_E: Final = math.log2(math.e)
 _FACTOR_BLOCK_NUMBERS: Final = 8192
+_PASS_ROWS: Final = 8192
 
 Factors = Literal["inline", "ahead"]
 
@@ -34,13 +35,15 @@ def kernel_key(noise: NoiseStream) -> KernelKey:
     return SecureNormalGenerator(noise.key, cipher=noise.cipher).kernel_key(noise.call_id)
 
 
-def block_rows(num_queries: int, value_width: int) -> int:
+def block_rows(num_queries: int, width: int, value_width: int, dtype: torch.dtype) -> int:
     """Returns BLOCK_M: whole tiles of noise, and no more than the queries need.
 
-    Not yet measured: 128 rows are what flash kernels for sm_90 use.
+    Not yet measured: 128 rows are what flash kernels for sm_90 use; with float32 or wider rows than 128 as many
+    would spill registers.
     """
     whole_tiles = TILE_NUMBERS // value_width
-    return max(16, whole_tiles, min(128, int(triton.next_power_of_2(num_queries))))
+    most = 64 if dtype is torch.float32 or max(width, value_width) > 128 else 128
+    return max(16, whole_tiles, min(most, int(triton.next_power_of_2(num_queries))))
 
 
 def default_factors(call: AttentionCall) -> Factors:
@@ -49,10 +52,9 @@ def default_factors(call: AttentionCall) -> Factors:
     Not yet measured. By count of operations, computing them from the tiles costs a quarter of a program's
     products at widths of 128; ahead, one more pass over keys and values. So: inline if few programs read a row.
     """
-    _, num_heads, num_queries, _ = call.query.shape
-    readers = (
-        num_heads // call.key.shape[1] * math.ceil(num_queries / block_rows(num_queries, call.value.shape[3]))
-    )
+    _, num_heads, num_queries, width = call.query.shape
+    block = block_rows(num_queries, width, call.value.shape[3], call.query.dtype)
+    readers = num_heads // call.key.shape[1] * math.ceil(num_queries / block)
     return "inline" if readers <= 4 else "ahead"
 
 
@@ -83,9 +85,11 @@ def attention_forward(
     noise = None if call.noise is None else kernel_key(call.noise)
     stddev = query.new_zeros(1, 1, 1, dtype=torch.float32) if call.stddev is None else call.stddev
     hidden = None if call.hidden is None else call.hidden.view(torch.uint8)
-    block_m = block_rows(num_queries, value_width)
+    block_m = block_rows(num_queries, width, value_width, query.dtype)
     inline = (default_factors(call) if factors is None else factors) == "inline"
-    block_n, num_warps, num_stages = loop_shape(width, value_width, query.dtype, inline=inline)
+    block_n = block_columns(width, value_width, query.dtype, inline=inline)
+    # As many threads as the noise has units of words, so that its layout is kept (transform._anchored_lanes).
+    tiles = block_m * value_width // TILE_NUMBERS
     with torch.cuda.device_of(query):
         key_factors = key if inline else row_factors(key, call.norms.key)
         value_factors = value if inline else row_factors(value, call.norms.value)
@@ -121,6 +125,8 @@ def attention_forward(
             BLOCK_E=value_width,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
+            # The second set of sums costs registers, so it is compiled in only where it is needed.
+            PASS_ROWS=None if call.causal or num_rows <= _PASS_ROWS else _PASS_ROWS,
             CAUSAL=call.causal,
             HAS_HIDDEN=hidden is not None,
             INLINE_FACTORS=inline,
@@ -128,22 +134,21 @@ def attention_forward(
             CIPHER=None if noise is None else noise.cipher,
             # float32 rows are multiplied as float32: TF32 would round them a second time.
             PRECISION="ieee",
-            num_warps=num_warps,
-            num_stages=num_stages,
+            num_warps=max(4, min(8, 2 * tiles)),
+            num_stages=2,
         )
     return out, lse
 
 
-def loop_shape(width: int, value_width: int, dtype: torch.dtype, *, inline: bool) -> tuple[int, int, int]:
-    """Returns BLOCK_N, warps and stages of the loop over keys and values.
+def block_columns(width: int, value_width: int, dtype: torch.dtype, *, inline: bool) -> int:
+    """Returns BLOCK_N.
 
-    Not yet measured. They are the largest blocks for which no register is spilled on sm_90 (triton 3.7.1, 128
-    queries), which ``tests/integration/test_kernels_compile.py`` checks.
+    Not yet measured. With 8 warps and 2 stages these are the largest blocks for which no register is spilled on
+    sm_90 (triton 3.7.1), which ``tests/integration/test_kernels_compile.py`` checks.
     """
-    wide = max(width, value_width) > 64
-    if max(width, value_width) > 128 or dtype is torch.float32 or (inline and wide):
-        return 32, 8, 2
-    return (64, 8, 2) if wide else (64, 4, 3)
+    widest = max(width, value_width)
+    narrow = dtype is torch.float32 or widest > 128 or (inline and widest > 64)
+    return 32 if narrow else 64
 
 
 def row_factors(rows: Tensor, norm: float) -> Tensor:
