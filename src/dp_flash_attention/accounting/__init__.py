@@ -18,6 +18,8 @@ from dp_flash_attention.accounting.events import (
     PrivacyEvent,
     ShuffledGaussian,
 )
+from dp_flash_attention.accounting.filters import GaussianFilter
+from dp_flash_attention.accounting.gdp import compose_gdp, gdp_delta, gdp_epsilon, gdp_mu
 from dp_flash_attention.accounting.pure import (
     BudgetSplit,
     basic_composition,
@@ -30,17 +32,22 @@ __all__ = [
     "Accountant",
     "BudgetSplit",
     "EpsilonSchedule",
+    "GaussianFilter",
     "GaussianRelease",
     "PoissonSampledGaussian",
     "PrivacyEvent",
     "ShuffledGaussian",
     "basic_composition",
     "calibrate_noise_multiplier",
+    "compose_gdp",
     "delta",
     "discrete_laplace_epsilon",
     "discrete_laplace_scale",
     "epsilon",
     "epsilon_schedule",
+    "gdp_delta",
+    "gdp_epsilon",
+    "gdp_mu",
     "max_sampling_prob",
     "max_steps",
     "split_budget",

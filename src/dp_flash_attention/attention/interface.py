@@ -23,9 +23,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from dp_flash_attention.noise import NoiseKey, NoiseName
+from dp_flash_attention.noise import NoiseKey, NoiseName, NormalGenerator
 
 Cipher = Literal["aes-256-ctr", "chacha20"]
+
+PASS_ROWS = 8192
+"""Key/value rows that a call without causal mask may add up in one pass. Longer contexts are summed pass by pass and the
+passes merged, so that float32 sums round as Theorem 5 of docs/attention.md charges for; a back end that
+cannot do so refuses calls with more rows. Causal calls are one pass of any length, and charged for it."""
 
 
 class Rounding(StrEnum):
@@ -73,12 +78,15 @@ class NoiseStream:
         name: ``"secure"`` or ``"fast"``.
         cipher: Cipher of ``"secure"``.
         call_id: Number of the call under this key. It was claimed for this call, and is never used again.
+        generator: The generator of ``name`` and ``cipher`` on ``key``, which writes to the CPU, for back ends that have
+            none of their own.
     """
 
     key: NoiseKey = field(repr=False)
     name: NoiseName
     cipher: Cipher
     call_id: int
+    generator: NormalGenerator = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

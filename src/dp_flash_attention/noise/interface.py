@@ -31,6 +31,9 @@ class NormalGenerator(Protocol):
     def add_normal_(self, out: Tensor, *, stddev: float, step: int, stream: int) -> Tensor:
         """Adds to ``out`` in place what ``fill_normal_`` would write, and returns it."""
 
+    def add_row_normal_(self, out: Tensor, *, row_stddev: Tensor, step: int, stream: int) -> Tensor:
+        """Adds to row i of a matrix ``row_stddev[i]`` times unit normals of the position, and returns it."""
+
 
 def make_generator(name: NoiseName, key: NoiseKey, *, cipher: Cipher | None = None) -> NormalGenerator:
     """Returns the generator called ``name`` on ``key``.

@@ -110,6 +110,55 @@ def runs_on_kernel(out: object) -> bool:
     return isinstance(out, Tensor) and out.device.type == "cuda"
 
 
+def checked_row_stddev(row_stddev: object, out: object) -> npt.NDArray[Any]:
+    """Returns one standard deviation for each row of ``out`` as an array.
+
+    Raises:
+        InvalidInputError: If ``out`` is not a contiguous matrix, or the deviations are not one positive
+            number in range for each of its rows, in its dtype.
+        NoiseUnavailableError: If ``out`` is not on the CPU.
+    """
+    checked_target(out)
+    assert isinstance(out, Tensor)
+    if out.ndim != 2 or not out.is_contiguous():
+        raise InvalidInputError(
+            "out.shape",
+            tuple(out.shape),
+            bound="a contiguous [rows, width]",
+            remedy="Pass one head at a time.",
+        )
+    fits = (
+        isinstance(row_stddev, Tensor)
+        and row_stddev.dtype is out.dtype
+        and row_stddev.device.type == "cpu"
+        and tuple(row_stddev.shape) == (len(out),)
+    )
+    if not fits:
+        raise InvalidInputError(
+            "row_stddev",
+            getattr(row_stddev, "shape", type(row_stddev).__name__),
+            bound=f"a CPU tensor of shape [{len(out)}] and dtype {out.dtype}",
+            remedy="Pass one absolute standard deviation for each row.",
+        )
+    assert isinstance(row_stddev, Tensor)
+    for extreme in torch.aminmax(row_stddev) if len(out) else ():
+        checked_stddev(float(extreme), out.dtype)
+    array: npt.NDArray[Any] = row_stddev.detach().contiguous().numpy()
+    return array
+
+
+def scale_rows_(numbers: npt.NDArray[Any], start: int, rows: npt.NDArray[Any], width: int) -> None:
+    """Multiplies in place a run of a matrix's numbers, from flat index ``start``, by their rows' factors."""
+    first, skipped = divmod(start, width)
+    last = -(-(start + len(numbers)) // width)
+    if skipped or len(numbers) % width:
+        factors = np.repeat(rows[first:last], width)[skipped : skipped + len(numbers)]
+        np.multiply(numbers, factors, out=numbers)
+    else:
+        matrix = numbers.reshape(-1, width)
+        np.multiply(matrix, rows[first:last, None], out=matrix)
+
+
 def _may_overlap(out: Tensor) -> bool:
     """Whether two elements may lie at one address (an expanded tensor, a sliding window)."""
     reach = 0

@@ -31,11 +31,13 @@ from dp_flash_attention.noise.keystream import (
 )
 from dp_flash_attention.noise.normals import Float32Transform, normals_float64
 from dp_flash_attention.noise.targets import (
+    checked_row_stddev,
     checked_stddev,
     checked_target,
     checked_tensor,
     float32_two_variance,
     runs_on_kernel,
+    scale_rows_,
 )
 
 CHUNK_NUMBERS: Final = 32 * TILE_NUMBERS
@@ -164,7 +166,24 @@ class CounterNormalGenerator:
         """
         return self._write(out, stddev, step, stream, add=True)
 
-    def _write(self, out: Tensor, stddev: float, step: int, stream: int, *, add: bool) -> Tensor:
+    def add_row_normal_(self, out: Tensor, *, row_stddev: Tensor, step: int, stream: int) -> Tensor:
+        """Adds ``row_stddev[i]`` times what ``fill_normal_(stddev=1)`` would write to row i; returns ``out``.
+
+        Args:
+            out: CPU tensor [rows, width], float32 or float64, contiguous.
+            row_stddev: [rows], on the CPU, of the same dtype; each is used as it is, so round it up.
+            step: As in ``fill_normal_``.
+            stream: As in ``fill_normal_``.
+
+        Raises:
+            InvalidInputError: If an argument is out of range, or shapes or dtypes do not fit.
+            NoiseUnavailableError: If ``out`` is not on the CPU.
+        """
+        return self._write(out, 1.0, step, stream, add=True, rows=checked_row_stddev(row_stddev, out))
+
+    def _write(
+        self, out: Tensor, stddev: float, step: int, stream: int, *, add: bool, rows: Floats | None = None
+    ) -> Tensor:
         if runs_on_kernel(out):
             return self._launch(out, stddev, step, stream, add=add)
         target = checked_target(out)
@@ -189,6 +208,8 @@ class CounterNormalGenerator:
                 numbers = worker.numbers[: tiles * TILE_NUMBERS]
                 worker.write_float32(source, start, two_variance, numbers)
             numbers = numbers[: stop - start]
+            if rows is not None:
+                scale_rows_(numbers, start, rows, total // len(rows))
             flat[start:stop] = np.add(flat[start:stop], numbers, out=numbers) if add else numbers
 
         if total:

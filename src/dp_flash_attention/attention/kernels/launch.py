@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dp_flash_attention.attention.interface import AttentionCall, NoiseStream
+from dp_flash_attention.attention.interface import PASS_ROWS, AttentionCall, NoiseStream
 from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
 from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
 from dp_flash_attention.noise import FastNormalGenerator, SecureNormalGenerator
@@ -19,7 +19,6 @@ from dp_flash_attention.noise.keystream import TILE_NUMBERS
 
 _LOG2_E: Final = math.log2(math.e)
 _FACTOR_BLOCK_NUMBERS: Final = 8192
-_PASS_ROWS: Final = 8192
 
 Factors = Literal["inline", "ahead"]
 
@@ -126,7 +125,7 @@ def attention_forward(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             # The second set of sums costs registers, so it is compiled in only where it is needed.
-            PASS_ROWS=None if call.causal or num_rows <= _PASS_ROWS else _PASS_ROWS,
+            PASS_ROWS=None if call.causal or num_rows <= PASS_ROWS else PASS_ROWS,
             CAUSAL=call.causal,
             HAS_HIDDEN=hidden is not None,
             INLINE_FACTORS=inline,

@@ -1,0 +1,232 @@
+"""Everything that is checked before anything is computed or spent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dp_flash_attention.attention.bounds import AttentionBounds, Contexts
+from dp_flash_attention.attention.interface import PASS_ROWS
+from dp_flash_attention.attention.planning import MAX_PRIVATE_PASSES, AttentionPlan
+from dp_flash_attention.attention.rows import check_finite
+from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.core.privacy import NeighboringRelation
+
+_OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_IN_DTYPES = (*_OUT_DTYPES, torch.float64)
+
+
+def check_shapes(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool) -> None:
+    """Checks that the three are [B, H, Q, D], [B, G, K, D] and [B, G, K, E] on one device.
+
+    Raises:
+        InvalidInputError: If not.
+    """
+    for name, rows in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(rows, Tensor) or rows.ndim != 4 or rows.layout is not torch.strided:
+            shown = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise InvalidInputError(
+                name,
+                shown,
+                bound="a dense tensor [batch, heads, rows, width]",
+                remedy="Add the missing dimensions.",
+            )
+    batch, num_heads, num_queries, width = query.shape
+    groups, num_rows = key.shape[1:3]
+    if min(batch, num_heads, num_queries, width, groups, value.shape[3]) == 0:
+        raise InvalidInputError(
+            "query.shape",
+            tuple(query.shape),
+            bound="without empty dimensions",
+            remedy="Ask at least one query.",
+        )
+    if key.shape[0] != batch or key.shape[3] != width:
+        raise InvalidInputError(
+            "key.shape",
+            tuple(key.shape),
+            bound=f"[{batch}, heads, rows, {width}]",
+            remedy="Match the query's shape.",
+        )
+    if tuple(value.shape[:3]) != (batch, groups, num_rows):
+        raise InvalidInputError(
+            "value.shape",
+            tuple(value.shape),
+            bound=f"[{batch}, {groups}, {num_rows}, width]",
+            remedy="Match the key's.",
+        )
+    if num_heads % groups or (groups != num_heads and not enable_gqa):
+        raise InvalidInputError(
+            "key.shape[1]",
+            groups,
+            bound=f"{num_heads} heads, or with enable_gqa a divisor of it",
+            remedy="Pass enable_gqa=True for grouped-query heads.",
+        )
+    if not query.device == key.device == value.device:
+        raise InvalidInputError(
+            "key.device",
+            str(key.device),
+            bound=f"the query's, {query.device}",
+            remedy="Move all to one device.",
+        )
+
+
+def check_dtypes(query: Tensor, key: Tensor, value: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """Returns the compute dtype.
+
+    Raises:
+        InvalidInputError: If the inputs' dtypes differ or are not floating point.
+    """
+    if query.dtype not in _IN_DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise InvalidInputError(
+            "dtypes",
+            (query.dtype, key.dtype, value.dtype),
+            bound="one of float32, bfloat16, float16, float64 for all three",
+            remedy="Convert them before the call.",
+        )
+    return query.dtype if compute_dtype is None else compute_dtype
+
+
+def checked_out_dtype(out_dtype: torch.dtype | None, inputs: torch.dtype) -> torch.dtype:
+    """Returns the output's dtype: the inputs' if None is asked for, and never float64.
+
+    Raises:
+        InvalidInputError: If it is not float32, bfloat16 or float16. The noise is float32, and the low digits of
+            a float64 output would show the exact answer.
+    """
+    if out_dtype is None:
+        return torch.float32 if inputs is torch.float64 else inputs
+    if out_dtype not in _OUT_DTYPES:
+        raise InvalidInputError(
+            "out_dtype",
+            out_dtype,
+            bound="float32, bfloat16 or float16, for the noise has the digits of float32",
+            remedy="Convert afterwards.",
+        )
+    return out_dtype
+
+
+def check_context(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    key_padding_mask: Tensor | None,
+    record_ids: Tensor | None,
+) -> Tensor | None:
+    """Checks tensors against a plan and returns the hidden rows, bool [B, K] or None.
+
+    Raises:
+        InvalidInputError: If shapes, numbers of rows, owners or values break what the plan was made for.
+    """
+    shape = (*query.shape, value.shape[3])
+    planned = (plan.batch_size, plan.num_heads, plan.num_queries, plan.query_width, plan.value_width)
+    if shape != planned:
+        raise InvalidInputError(
+            "[B, H, Q, D, E]",
+            shape,
+            bound=f"as planned, {planned}",
+            remedy="Plan for the shapes that are called with.",
+        )
+    hidden = _checked_mask(key_padding_mask, key)
+    if plan.bounds.neighboring_relation is NeighboringRelation.REPLACE_ONE:
+        _check_row_counts(plan, key.shape[2], hidden)
+    _check_charged_rows(plan, key.shape[2])
+    if record_ids is not None:
+        check_owners(record_ids, hidden, key, plan.bounds)
+    for name, rows in (("query", query), ("key", key), ("value", value)):
+        check_finite(name, rows)
+    return hidden
+
+
+def check_owners(record_ids: Tensor, hidden: Tensor | None, key: Tensor, bounds: AttentionBounds) -> None:
+    """Checks that no record owns more rows of a batch entry than promised, nor rows of two disjoint contexts.
+
+    Raises:
+        InvalidInputError: If one does, or the ids have the wrong shape or dtype.
+    """
+    batch, num_rows = key.shape[0], key.shape[2]
+    if record_ids.dtype.is_floating_point or record_ids.dtype.is_complex or record_ids.dtype is torch.bool:
+        raise InvalidInputError(
+            "record_ids.dtype", record_ids.dtype, bound="an integer dtype", remedy="Number the owners."
+        )
+    if tuple(record_ids.shape) not in ((num_rows,), (batch, num_rows)):
+        raise InvalidInputError(
+            "record_ids.shape",
+            tuple(record_ids.shape),
+            bound=f"({num_rows},) or ({batch}, {num_rows})",
+            remedy="Name the owner of every key/value row.",
+        )
+    owners = []
+    for entry, ids in enumerate(record_ids.expand(batch, num_rows)):
+        visible = ids if hidden is None else ids[~hidden[entry].to(ids.device)]
+        distinct, counts = torch.unique(visible, return_counts=True)
+        if len(counts) and int(counts.max()) > bounds.max_rows_per_record:
+            raise InvalidInputError(
+                "rows of one record",
+                int(counts.max()),
+                bound=f"at most max_rows_per_record = {bounds.max_rows_per_record} in a batch entry",
+                remedy="Keep fewer rows of each record, or promise more; nothing was computed or spent.",
+            )
+        owners.append(distinct)
+    if bounds.contexts is Contexts.DISJOINT and batch > 1:
+        together = torch.cat(owners)
+        if len(torch.unique(together)) != len(together):
+            raise InvalidInputError(
+                "record_ids",
+                "an owner in two batch entries",
+                bound="of one entry each under Contexts.DISJOINT",
+                remedy="Use Contexts.SHARED, or ids that differ between entries.",
+            )
+
+
+def _checked_mask(mask: Tensor | None, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    expected = (key.shape[0], key.shape[2])
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != expected:
+        shown = (tuple(mask.shape), mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InvalidInputError(
+            "key_padding_mask",
+            shown,
+            bound=f"bool {expected}, True for padding",
+            remedy="Build it from the lengths.",
+        )
+    return mask.to(key.device)
+
+
+def _check_row_counts(plan: AttentionPlan, num_rows: int, hidden: Tensor | None) -> None:
+    """Under replace-one: no query may see fewer rows than its noise was computed for."""
+    for entry in range(plan.batch_size):
+        promised = plan.bounds.rows_of(entry)
+        if plan.is_causal:
+            # Query t needs min(t + 1, promised) rows: exactly the first ones have to be there.
+            promised = min(promised, plan.num_queries)
+            seen = num_rows if hidden is None else int((~hidden[entry, :promised]).sum())
+        else:
+            seen = num_rows if hidden is None else int((~hidden[entry]).sum())
+        if seen < promised:
+            which = "first rows that a causal query sees" if plan.is_causal else "visible rows"
+            raise InvalidInputError(
+                f"{which} of batch entry {entry}",
+                seen,
+                bound=f"at least num_rows = {promised}, which the noise was computed for",
+                remedy="Promise fewer rows, or pad on the right; nothing was computed or spent.",
+            )
+        if hidden is None and not isinstance(plan.bounds.num_rows, tuple):
+            break  # every entry is alike
+
+
+def _check_charged_rows(plan: AttentionPlan, num_rows: int) -> None:
+    """The plan charges for rounding over so many rows at most."""
+    if plan.bounds.rounding is None:
+        return
+    limit = plan.num_key_rows
+    if limit is None:
+        limit = PASS_ROWS if plan.is_causal else PASS_ROWS * MAX_PRIVATE_PASSES
+    if num_rows > limit:
+        raise InvalidInputError(
+            "key.shape[2]",
+            num_rows,
+            bound=f"at most {limit}, for which rounding was charged",
+            remedy="Plan with num_key_rows = key.shape[2], or with bounds.rounding = None.",
+        )
