@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dp_flash_attention.attention.interface import AttentionCall, Rounding
+from dp_flash_attention.core.errors import DependencyMissingError
 from dp_flash_attention.noise.device import require_triton
 
 if TYPE_CHECKING:
@@ -99,7 +100,13 @@ def make_backend() -> AttentionBackend:
     """Returns the back end.
 
     Raises:
-        DependencyMissingError: If triton is missing.
+        DependencyMissingError: If triton is missing, or its interpreter is on, which is for tests alone.
     """
     require_triton("The back end 'triton'")
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise DependencyMissingError(
+            "The back end 'triton' needs Triton's compiler, but TRITON_INTERPRET=1 chose its interpreter. Unset it."
+        )
     return TritonBackend()

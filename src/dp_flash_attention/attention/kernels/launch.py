@@ -83,7 +83,8 @@ def attention_forward(
         return out, lse
     noise = None if call.noise is None else kernel_key(call.noise)
     stddev = query.new_zeros(1, 1, 1, dtype=torch.float32) if call.stddev is None else call.stddev
-    hidden = None if call.hidden is None else call.hidden.view(torch.uint8)
+    stddev = stddev.to(query.device)
+    hidden = None if call.hidden is None else call.hidden.to(query.device).view(torch.uint8)
     block_m = block_rows(num_queries, width, value_width, query.dtype)
     inline = (default_factors(call) if factors is None else factors) == "inline"
     block_n = block_columns(width, value_width, query.dtype, inline=inline)
