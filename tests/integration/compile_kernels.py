@@ -9,10 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from dp_flash_attention.attention.kernels import launch
+from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
+from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
+from dp_flash_attention.noise.kernels import transform
+from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGRAM, write_normals_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -21,7 +28,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def compiled(kernel, types, constants, *, num_warps, num_stages=3):
     """Returns counts of one compiled variant."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    signature |= {name: "constexpr" for name in constants}
+    signature |= dict.fromkeys(constants, "constexpr")
     # Tensors that torch allocates are aligned to 16 bytes; the launcher tells the compiler the same.
     aligned = {
         (index,): [["tt.divisibility", 16]]
@@ -53,8 +60,6 @@ def lanes_without_anchor(anchor, LANES: tl.constexpr):
 
 
 def noise_kernels():
-    from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGRAM, write_normals_kernel
-
     for cipher in ("chacha20", "philox4x64"):
         for add in (False, True):
             yield (
@@ -68,12 +73,87 @@ def noise_kernels():
             )
 
 
+def attention_kernels():
+    """Yields variants that plans and benchmarks meet most, launched as ``launch.py`` launches them."""
+    bf16 = torch.bfloat16
+    yield "attention/64, causal", attention_kernel(bf16, 64, True, False, "chacha20")
+    yield "attention/128, inline", attention_kernel(bf16, 128, False, True, "chacha20")
+    yield (
+        "attention/64, hidden, passes",
+        attention_kernel(bf16, 64, False, False, "chacha20", hidden=True, passes=8192),
+    )
+    yield "attention/float32", attention_kernel(torch.float32, 64, False, False, "philox4x64")
+    yield "row_factors", row_factors_variant()
+
+
+def all_attention_kernels():
+    for dtype, width in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)):
+        for causal in (False, True):
+            for inline in (False, True):
+                for cipher in ("chacha20", "philox4x64", None):
+                    name = f"attention/{dtype}, {width}, {causal=}, {inline=}, {cipher}"
+                    yield name, attention_kernel(dtype, width, causal, inline, cipher)
+    yield "attention/256", attention_kernel(torch.bfloat16, 256, False, False, "chacha20")
+    yield "attention/one query", attention_kernel(torch.bfloat16, 64, False, True, "chacha20", queries=1)
+
+
+def row_factors_variant():
+    return compiled(
+        row_factors_kernel,
+        {
+            "x": "*bf16",
+            "out": "*fp32",
+            "norm": "fp32",
+            **dict.fromkeys(("stride_b", "stride_g", "stride_k", "num_groups", "num_rows"), "i32"),
+        },
+        {"WIDTH": 64, "BLOCK_WIDTH": 64, "BLOCK_ROWS": 128, "stride_d": 1},
+        num_warps=4,
+    )
+
+
+def attention_kernel(dtype, width, causal, inline, cipher, *, queries=4096, hidden=False, passes=None):
+    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    block_m, block_n, num_warps = launch.block_shape(queries, width, width, dtype, inline=inline)
+    constants = {
+        "WIDTH": width,
+        "BLOCK_D": width,
+        "BLOCK_E": width,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "PASS_ROWS": passes,
+        "CAUSAL": causal,
+        "HAS_HIDDEN": hidden,
+        "INLINE_FACTORS": inline,
+        "STORE_LSE": False,
+        "CIPHER": cipher,
+        "PRECISION": "ieee",
+        **dict.fromkeys(("stride_qd", "stride_kd", "stride_ve"), 1),  # rows of contiguous numbers
+    }
+    types = {
+        name: "i32"
+        for name in dp_attention_fwd_kernel.arg_names
+        if name.startswith(("stride", "num", "heads"))
+    }
+    types |= dict.fromkeys(("query", "key", "value", "out"), f"*{element}")
+    types |= dict.fromkeys(("lse", "key_factors", "value_factors", "stddev"), "*fp32")
+    types |= dict.fromkeys(
+        ("query_norm", "key_norm", "value_norm", "scale_log2", "shift_log2", "null_weight"), "fp32"
+    )
+    types |= {"hidden": "*u8", **KEY_TYPES}
+    return compiled(
+        dp_attention_fwd_kernel, types, constants, num_warps=num_warps, num_stages=launch.NUM_STAGES
+    )
+
+
 def main():
     if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
-        from dp_flash_attention.noise.kernels import transform
-
         transform._anchored_lanes = lanes_without_anchor
-    print(json.dumps(dict(noise_kernels())))
+        found = [next(noise_kernels())]
+    elif sys.argv[1:] == ["--all"]:
+        found = [*noise_kernels(), *attention_kernels(), *all_attention_kernels()]
+    else:
+        found = [*noise_kernels(), *attention_kernels()]
+    print(json.dumps(dict(found)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dp_flash_attention.noise.keystream import TILE_NUMBERS
 
 _LOG2_E: Final = math.log2(math.e)
 _FACTOR_BLOCK_NUMBERS: Final = 8192
+NUM_STAGES: Final = 2
+"""Tiles of keys and values in flight. Not yet measured."""
 
 Factors = Literal["inline", "ahead"]
 
@@ -34,15 +36,23 @@ def kernel_key(noise: NoiseStream) -> KernelKey:
     return SecureNormalGenerator(noise.key, cipher=noise.cipher).kernel_key(noise.call_id)
 
 
-def block_rows(num_queries: int, width: int, value_width: int, dtype: torch.dtype) -> int:
-    """Returns BLOCK_M: whole tiles of noise, and no more than the queries need.
+def block_shape(
+    num_queries: int, width: int, value_width: int, dtype: torch.dtype, *, inline: bool
+) -> tuple[int, int, int]:
+    """Returns BLOCK_M, BLOCK_N and the number of warps.
 
-    Not yet measured: 128 rows are what flash kernels for sm_90 use; with float32 or wider rows than 128 as many
-    would spill registers.
+    BLOCK_M rows are whole tiles of noise, and no more than the queries need. There are no more threads than noise has
+    units of words, so that its layout is kept (``transform._anchored_lanes``), but at least 4 warps.
+
+    Not yet measured. With ``NUM_STAGES`` these are the largest blocks for which no register is spilled on sm_90
+    (triton 3.7.1), which ``tests/integration/test_kernels_compile.py`` checks.
     """
-    whole_tiles = TILE_NUMBERS // value_width
-    most = 64 if dtype is torch.float32 or max(width, value_width) > 128 else 128
-    return max(16, whole_tiles, min(most, int(triton.next_power_of_2(num_queries))))
+    widest = max(width, value_width)
+    most = 64 if dtype is torch.float32 or widest > 128 else 128
+    block_m = max(16, TILE_NUMBERS // value_width, min(most, int(triton.next_power_of_2(num_queries))))
+    narrow = dtype is torch.float32 or widest > 128 or (inline and widest > 64)
+    num_tiles = block_m * value_width // TILE_NUMBERS
+    return block_m, 32 if narrow else 64, max(4, min(8, 2 * num_tiles))
 
 
 def default_factors(call: AttentionCall) -> Factors:
@@ -52,7 +62,7 @@ def default_factors(call: AttentionCall) -> Factors:
     products at widths of 128; ahead, one more pass over keys and values. So: inline if few programs read a row.
     """
     _, num_heads, num_queries, width = call.query.shape
-    block = block_rows(num_queries, width, call.value.shape[3], call.query.dtype)
+    block, _, _ = block_shape(num_queries, width, call.value.shape[3], call.query.dtype, inline=True)
     readers = num_heads // call.key.shape[1] * math.ceil(num_queries / block)
     return "inline" if readers <= 4 else "ahead"
 
@@ -85,11 +95,8 @@ def attention_forward(
     stddev = query.new_zeros(1, 1, 1, dtype=torch.float32) if call.stddev is None else call.stddev
     stddev = stddev.to(query.device)
     hidden = None if call.hidden is None else call.hidden.to(query.device).view(torch.uint8)
-    block_m = block_rows(num_queries, width, value_width, query.dtype)
     inline = (default_factors(call) if factors is None else factors) == "inline"
-    block_n = block_columns(width, value_width, query.dtype, inline=inline)
-    # As many threads as the noise has units of words, so that its layout is kept (transform._anchored_lanes).
-    tiles = block_m * value_width // TILE_NUMBERS
+    block_m, block_n, num_warps = block_shape(num_queries, width, value_width, query.dtype, inline=inline)
     with torch.cuda.device_of(query):
         key_factors = key if inline else row_factors(key, call.norms.key)
         value_factors = value if inline else row_factors(value, call.norms.value)
@@ -134,21 +141,10 @@ def attention_forward(
             CIPHER=None if noise is None else noise.cipher,
             # float32 rows are multiplied as float32: TF32 would round them a second time.
             PRECISION="ieee",
-            num_warps=max(4, min(8, 2 * tiles)),
-            num_stages=2,
+            num_warps=num_warps,
+            num_stages=NUM_STAGES,
         )
     return out, lse
-
-
-def block_columns(width: int, value_width: int, dtype: torch.dtype, *, inline: bool) -> int:
-    """Returns BLOCK_N.
-
-    Not yet measured. With 8 warps and 2 stages these are the largest blocks for which no register is spilled on
-    sm_90 (triton 3.7.1), which ``tests/integration/test_kernels_compile.py`` checks.
-    """
-    widest = max(width, value_width)
-    narrow = dtype is torch.float32 or widest > 128 or (inline and widest > 64)
-    return 32 if narrow else 64
 
 
 def row_factors(rows: Tensor, norm: float) -> Tensor:
