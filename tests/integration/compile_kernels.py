@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -21,7 +22,12 @@ from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
 from dp_flash_attention.noise.kernels import transform
 from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGRAM, write_normals_kernel
 
+# The package's names for these modules are its functions.
+gram_norm = import_module("dp_flash_attention.clipping.kernels.gram_norm")
+outer_norm = import_module("dp_flash_attention.clipping.kernels.outer_norm")
+
 TARGET = GPUTarget("cuda", 90, 32)
+COUNTS = ("num_heads", "heads_per_group", "num_groups")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -29,11 +35,12 @@ def compiled(kernel, types, constants, *, num_warps, num_stages=3):
     """Returns counts of one compiled variant."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
-    # Tensors that torch allocates are aligned to 16 bytes; the launcher tells the compiler the same.
+    # Tensors that torch allocates are aligned to 16 bytes, and the usual sizes are multiples of 16; the launcher tells the
+    # compiler the same. Without it, nothing would be copied asynchronously.
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or (name not in COUNTS and signature[name] == "i32")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=TARGET, options={"num_warps": num_warps, "num_stages": num_stages})
@@ -82,7 +89,6 @@ def attention_kernels():
         "attention/64, hidden, passes",
         attention_kernel(bf16, 64, False, False, "chacha20", hidden=True, passes=8192),
     )
-    yield "attention/float32", attention_kernel(torch.float32, 64, False, False, "philox4x64")
     yield "row_factors", row_factors_variant()
 
 
@@ -93,6 +99,7 @@ def all_attention_kernels():
                 for cipher in ("chacha20", "philox4x64", None):
                     name = f"attention/{dtype}, {width}, {causal=}, {inline=}, {cipher}"
                     yield name, attention_kernel(dtype, width, causal, inline, cipher)
+    yield "attention/float32", attention_kernel(torch.float32, 64, False, False, "philox4x64")
     yield "attention/256", attention_kernel(torch.bfloat16, 256, False, False, "chacha20")
     yield "attention/one query", attention_kernel(torch.bfloat16, 64, False, True, "chacha20", queries=1)
 
@@ -145,14 +152,31 @@ def attention_kernel(dtype, width, causal, inline, cipher, *, queries=4096, hidd
     )
 
 
+def norm_kernels():
+    for dtype in ("bf16", "fp32"):
+        for form, module, blocks in (
+            ("gram", gram_norm, ("BLOCK_ROWS", "BLOCK_WIDTH")),
+            ("outer", outer_norm, ("BLOCK_OUTPUTS", "BLOCK_INPUTS", "BLOCK_ROWS")),
+        ):
+            types = dict.fromkeys(("stride_xb", "stride_xt", "stride_gb", "stride_gt"), "i32")
+            types |= dict.fromkeys(("num_rows", "num_inputs", "num_outputs"), "i32")
+            types |= {"x": f"*{dtype}", "g": f"*{dtype}", "partial": "*fp32"}
+            constants = {"stride_xd": 1, "stride_gp": 1} | {name: getattr(module, name) for name in blocks}
+            kernel = getattr(module, f"{form}_norm_kernel")
+            yield (
+                f"{form}_norm/{dtype}",
+                compiled(kernel, types, constants, num_warps=module.NUM_WARPS, num_stages=module.NUM_STAGES),
+            )
+
+
 def main():
     if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
         transform._anchored_lanes = lanes_without_anchor
         found = [next(noise_kernels())]
     elif sys.argv[1:] == ["--all"]:
-        found = [*noise_kernels(), *attention_kernels(), *all_attention_kernels()]
+        found = [*noise_kernels(), *attention_kernels(), *norm_kernels(), *all_attention_kernels()]
     else:
-        found = [*noise_kernels(), *attention_kernels()]
+        found = [*noise_kernels(), *attention_kernels(), *norm_kernels()]
     print(json.dumps(dict(found)))
 
 

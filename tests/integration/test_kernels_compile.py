@@ -25,40 +25,41 @@ def compiled(folder, *arguments):
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def binaries(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("kernels"))
-
-
 def spilled(counts):
     return {name: count["spilled_bytes"] for name, count in counts.items() if count["spilled_bytes"]}
 
 
-def test_no_kernel_for_narrow_rows_spills_registers(binaries):
+def test_the_kernels_compile_to_what_they_should(tmp_path):
+    binaries = compiled(tmp_path)
+    # No registers are spilled. float32 is no fast path; passes keep a second set of sums, written away once in
+    # 8,192 rows.
     found = spilled(binaries)
-    # float32 is no fast path; passes keep a second set of sums, written away once in 8,192 rows.
-    found.pop("attention/float32", None)
+    for name in ("gram_norm/fp32", "outer_norm/fp32"):
+        found.pop(name, None)
     assert found.pop("attention/64, hidden, passes", 0) <= 64
     assert found == {}
-
-
-def test_bfloat16_is_multiplied_by_the_tensor_cores_of_sm_90(binaries):
-    assert binaries["attention/64, causal"]["wgmma"] > 0
-    assert binaries["attention/float32"]["wgmma"] == 0  # float32 stays float32: no TF32
-
-
-def test_the_words_stay_in_registers_until_the_store(binaries, tmp_path):
-    # One conversion of layout before the store takes 18, in several pieces; one at each join takes 90.
+    # Tiles are copied ahead, in two or three stages, where the copy can be asynchronous.
+    assert binaries["attention/64, causal"]["shared_bytes"] >= 3 * 64 * 64 * 2 * 2
+    assert binaries["gram_norm/bf16"]["shared_bytes"] >= 3 * 2 * 64 * 64 * 2
+    # bfloat16 is multiplied by the tensor cores of sm_90; float32 stays float32 and becomes no TF32.
+    for name in ("attention/64, causal", "gram_norm/bf16", "outer_norm/bf16"):
+        assert binaries[name]["wgmma"] > 0
+    assert binaries["gram_norm/fp32"]["wgmma"] == 0
+    # Words of noise stay in registers until the store, whose one conversion of layout takes 18 barriers.
     counts = [count["barriers"] for name, count in binaries.items() if name.startswith("write_normals")]
     assert len(counts) == 4
     assert max(counts) <= 24
     assert binaries["attention/64, causal"]["barriers"] <= 24
+
+
+def test_without_the_anchor_words_move_at_every_join(tmp_path):
     (planted,) = compiled(tmp_path, "--without-anchor").values()
     assert planted["barriers"] > 60
 
 
 @pytest.mark.slow
-def test_every_variant_compiles_and_those_for_bfloat16_spill_nothing(tmp_path):
+def test_every_variant_compiles_and_those_for_bfloat16_spill_next_to_nothing(tmp_path):
     counts = compiled(tmp_path, "--all")
     assert len(counts) > 40
-    assert [name for name in spilled(counts) if "bfloat16" in name] == []
+    assert counts["attention/float32"]["wgmma"] == 0
+    assert max((count for name, count in spilled(counts).items() if "bfloat16" in name), default=0) <= 64

@@ -14,6 +14,10 @@ differentially private learners", section 4 (gram form).
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+from typing import Final, Literal
+
 import torch
 from torch import Tensor
 
@@ -25,6 +29,8 @@ SCRATCH_BYTES = 16 * 2**20
 # products: of 32, 64 and 128, 64 was the fastest at T = 128 and 256 (EPYC 7003, MKL), at 0.75 to 0.85
 # of the time of the whole square.
 _STRIP_ROWS = 64
+
+_KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -98,11 +104,30 @@ def gram_is_cheaper(num_rows: int, num_inputs: int, num_outputs: int) -> bool:
     return 0.65 * num_rows * (num_inputs + num_outputs) <= num_inputs * num_outputs
 
 
+def norm_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
+    """Returns what ``linear_sq_norms`` runs: Triton's kernels, or torch's products.
+
+    The kernels take CUDA tensors of one dtype of at most 32 bits where triton is installed. Everything else runs in
+    torch, which gives the same norms up to rounding and needs scratch for its products: slower, and no less exact.
+    """
+    fits = x_BTD.dtype == g_BTP.dtype and x_BTD.dtype in _KERNEL_DTYPES
+    return "triton" if fits and _is_on_gpu(x_BTD) and _has_triton() else "torch"
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
     """Returns the squared norm of a linear map's gradient for each example, shape [B].
 
     Both forms run in float32 or better over chunks of examples; the choice between them depends
-    on shapes alone, so it reveals nothing.
+    on shapes alone, so it reveals nothing. ``norm_path`` says whether kernels run.
 
     Args:
         x_BTD: Inputs [B, T, D] of any floating dtype.
@@ -113,6 +138,10 @@ def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATC
     num_outputs = g_BTP.shape[2]
     dtype = accumulation_dtype(x_BTD, g_BTP)
     use_gram = gram_is_cheaper(num_rows, num_inputs, num_outputs)
+    if norm_path(x_BTD, g_BTP) == "triton":
+        from dp_flash_attention.clipping import kernels
+
+        return kernels.gram_norm(x_BTD, g_BTP) if use_gram else kernels.outer_norm(x_BTD, g_BTP)
     widened = 0 if x_BTD.dtype == g_BTP.dtype == dtype else num_rows * (num_inputs + num_outputs)
     products = 2 * min(num_rows, _STRIP_ROWS) * num_rows if use_gram else 0
     chunk = max(1, scratch_bytes // (dtype.itemsize * max(1, widened + products)))
