@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
+LAUNCHES = Path(__file__).with_name("launch_kernels.py")
 
 
-def compiled(folder, *arguments):
+def compiled(folder, *arguments, script=SCRIPT):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -55,6 +56,20 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
 def test_without_the_anchor_words_move_at_every_join(tmp_path):
     (planted,) = compiled(tmp_path, "--without-anchor").values()
     assert planted["barriers"] > 60
+
+
+def test_the_launchers_ask_for_the_same_kernel_whatever_the_key(tmp_path):
+    found = compiled(tmp_path, script=LAUNCHES)
+    # A variant for each key would be compiled in the middle of training, and its name would tell of the key.
+    assert found["noise"] == {"variants": 1, "types": ["u32", "u32", "u32", "u64"]}
+    assert found["attention"] == {"compiled": 2}
+
+
+@pytest.mark.slow
+def test_every_launch_compiles_at_the_edges_of_its_shapes(tmp_path):
+    found = compiled(tmp_path, "--all", script=LAUNCHES)
+    assert found["attention"] == {"compiled": 20}
+    assert found["gram_norm"] == found["outer_norm"] == {"compiled": 9}
 
 
 @pytest.mark.slow
