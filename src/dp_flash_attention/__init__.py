@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dp_flash_attention.attention import DPFlashAttention, dp_flash_attention, plan_attention_release
     from dp_flash_attention.clipping import ClippedGradientAccumulator
     from dp_flash_attention.training import (
         ExecutionConfig,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "ClippedGradientAccumulator": "clipping",
+    "DPFlashAttention": "attention",
     "ExecutionConfig": "training",
     "PrivacyPlan": "training",
     "PrivateSession": "training",
@@ -30,11 +32,14 @@ _ROOMS = {
     "RunKeys": "training",
     "StepReport": "training",
     "TrainingResult": "training",
+    "dp_flash_attention": "attention",
     "make_private": "training",
+    "plan_attention_release": "attention",
 }
 
 __all__ = [
     "ClippedGradientAccumulator",
+    "DPFlashAttention",
     "ExecutionConfig",
     "PrivacyPlan",
     "PrivateSession",
@@ -42,7 +47,9 @@ __all__ = [
     "RunKeys",
     "StepReport",
     "TrainingResult",
+    "dp_flash_attention",
     "make_private",
+    "plan_attention_release",
 ]
 
 

@@ -20,6 +20,7 @@ GUARDED = [
     "dp_flash_attention.core.privacy",
     "dp_flash_attention.accounting",
     "dp_flash_attention.noise",
+    "dp_flash_attention.attention",
     "dp_flash_attention.clipping",
     "dp_flash_attention.training",
 ]

@@ -9,45 +9,48 @@ from dp_flash_attention.attention.interface import NoiseStream
 
 
 def add_noise(exact: Tensor, stddev: Tensor, noise: NoiseStream, out_dtype: torch.dtype) -> Tensor:
-    """Returns ``exact + stddev·z`` in float32, rounded to ``out_dtype``.
+    """Returns ``exact + stddev·z`` in float32, rounded to ``out_dtype``; where gradients are recorded.
 
     Args:
-        exact: [B, H, Q, E], owned by the caller's call: it is overwritten where no gradient needs it.
+        exact: [B, H, Q, E].
         stddev: [B, H, Q], float32, may be expanded.
         noise: Where z comes from.
         out_dtype: Dtype of the result: float32, bfloat16 or float16.
 
     Returns:
-        [B, H, Q, E], contiguous. Its gradient with respect to ``exact`` is the identity.
+        [B, H, Q, E]. Its gradient with respect to ``exact`` is the identity.
     """
-    if torch.is_grad_enabled() and exact.requires_grad:
-        with torch.no_grad():
-            z = torch.zeros(exact.shape, dtype=torch.float32, device=exact.device)
-            _add_(z, z, stddev, noise)
-        return (exact.to(torch.float32) + z).to(out_dtype)
     with torch.no_grad():
-        exact = exact.detach()
-        writable = exact.dtype is out_dtype and exact.is_contiguous()
-        out = exact if writable else torch.empty(exact.shape, dtype=out_dtype, device=exact.device)
-        return _add_(out, exact, stddev, noise)
+        z = torch.zeros(exact.shape, dtype=torch.float32, device=exact.device)
+        add_noise_into(z, z, stddev, noise)
+    return (exact.to(torch.float32) + z).to(out_dtype).contiguous()
 
 
-def _add_(out: Tensor, exact: Tensor, stddev: Tensor, noise: NoiseStream) -> Tensor:
-    """Writes ``exact`` plus noise to ``out``, one head at a time, so that scratch is one head's output."""
-    num_heads = exact.shape[1]
+def add_noise_into(
+    out: Tensor, exact: Tensor, stddev: Tensor, noise: NoiseStream, *, entry: int = 0, head: int = 0
+) -> None:
+    """Writes ``exact`` plus noise to ``out``, one head at a time, so that scratch is one head's output.
+
+    Args:
+        out: [B, H, Q, E], contiguous; may be ``exact`` itself.
+        exact: A slice of B′ entries and H′ heads of the call, [B′, H′, Q, E].
+        stddev: [B, H, Q] of the whole call.
+        noise: Where z comes from.
+        entry: First batch entry of the slice.
+        head: First head of the slice.
+    """
     on_host = out.dtype is torch.float32 and out.device.type == "cpu"
-    for entry in range(exact.shape[0]):
-        for head in range(num_heads):
-            source, target = exact[entry, head], out[entry, head]
+    for b in range(exact.shape[0]):
+        for h in range(exact.shape[1]):
+            source, target = exact[b, h], out[entry + b, head + h]
             rows = target if on_host else torch.empty(source.shape, dtype=torch.float32)
-            if out is not exact or not on_host:
+            if rows.data_ptr() != source.data_ptr():
                 rows.copy_(source)
             noise.generator.add_row_normal_(
                 rows,
-                row_stddev=stddev[entry, head].to("cpu").contiguous(),
+                row_stddev=stddev[entry + b, head + h].to("cpu").contiguous(),
                 step=noise.call_id,
-                stream=entry * num_heads + head,
+                stream=(entry + b) * out.shape[1] + head + h,
             )
             if not on_host:
                 target.copy_(rows)
-    return out

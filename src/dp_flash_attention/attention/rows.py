@@ -45,6 +45,14 @@ def clip_rows(rows: Tensor, threshold: float) -> Tensor:
     Returns:
         Rows in the same dtype; a row within the threshold is unchanged, bit for bit.
     """
-    # threshold / max(norm, threshold) is exactly 1 for short rows, and finite at norm 0, forward and backward.
-    factor = threshold / row_norms(rows).clamp_min(threshold)
-    return (rows * factor).to(rows.dtype)
+    return (rows * _factor(rows, threshold)).to(rows.dtype)
+
+
+def clip_rows_into(rows: Tensor, threshold: float, out: Tensor) -> Tensor:
+    """Writes what ``clip_rows`` returns to ``out``, of the same shape and dtype, without gradient; returns it."""
+    return torch.mul(rows, _factor(rows, threshold), out=out)
+
+
+def _factor(rows: Tensor, threshold: float) -> Tensor:
+    # Exactly 1 for short rows, and finite at norm 0, forward and backward.
+    return threshold / row_norms(rows).clamp_min(threshold)

@@ -77,7 +77,7 @@ def replace_one_sensitivity(
 
     Example:
         >>> round(replace_one_sensitivity(value_norm=1.0, score_bound=0.5, rest=999), 6)
-        0.005428
+        0.005427
     """
     radius, s = _checked(value_norm, score_bound)
     others = non_negative_int("rest", rest, remedy="Count the rows of all other records.")
@@ -128,7 +128,7 @@ def add_or_remove_sensitivity(
 
     Example:
         >>> round(add_or_remove_sensitivity(value_norm=1.0, score_bound=0.5, null_rows=1000.0), 6)
-        0.001648
+        0.001646
     """
     radius, s = _checked(value_norm, score_bound)
     mass = positive_finite(

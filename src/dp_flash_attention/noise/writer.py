@@ -210,7 +210,10 @@ class CounterNormalGenerator:
             numbers = numbers[: stop - start]
             if rows is not None:
                 scale_rows_(numbers, start, rows, total // len(rows))
-            flat[start:stop] = np.add(flat[start:stop], numbers, out=numbers) if add else numbers
+            if add and contiguous:
+                np.add(flat[start:stop], numbers, out=flat[start:stop])
+            else:
+                flat[start:stop] = np.add(flat[start:stop], numbers, out=numbers) if add else numbers
 
         if total:
             self._threads.run(write_chunk, total, num_threads=torch.get_num_threads() if contiguous else 1)
