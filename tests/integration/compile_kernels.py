@@ -54,6 +54,7 @@ def compiled(kernel, types, constants, *, num_warps, num_stages=3):
         "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared_bytes": binary.metadata.shared,
         "barriers": binary.asm["ptx"].count("bar.sync"),
+        "loads": binary.asm["ptx"].count("ld.global"),
         "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),
     }
 

@@ -92,8 +92,8 @@ def _anchored_lanes(anchor, LANES: tl.constexpr):
 
     Triton takes layouts from loads. Without one it moves the words through shared memory at each of the joins
     in ``words.py``: 90 barriers instead of 18 in the program for sm_90 (triton 3.7.1, two tiles, four warps).
-    So a word is loaded and shifted out by 32 bits; the shifts remove the load again in a later pass. The word
-    cannot change a lane's number, whatever it is.
+    So each lane loads the same word and shifts it out by 32 bits: it cannot change a lane's number, whatever it
+    is, and whoever writes to it meanwhile.
     """
     lane = tl.arange(0, LANES)
     word = tl.load(anchor + lane * 0).to(tl.uint32, bitcast=True)
