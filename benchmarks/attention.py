@@ -1,0 +1,242 @@
+"""What does a private attention call cost beside the best flash kernel of this machine?
+
+One process, interleaved repeats, the same rows for everyone: torch's ``scaled_dot_product_attention`` on rows as they are,
+against the whole private call (checks, plan, clip, kernel, ``secure`` noise). Rows are longer than their bound, so
+that clipping has work to do. Batch times heads is small; ratios do not depend on it.
+
+    python benchmarks/attention.py --json > benchmarks/results/attention-DEVICE.json
+    python benchmarks/attention.py --plot docs/images/attention.svg     # usefulness; measures nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _harness import Bar, Report, Row, Timing, emit, run_interleaved
+from dp_flash_attention.attention import (
+    AttentionBounds,
+    CallNoise,
+    dp_flash_attention,
+    plan_attention_release,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape."""
+
+    seq_len: int
+    width: int
+    causal: bool
+    num_heads: int
+    dtype: str = "float32"
+
+
+def heads_for(seq_len: int) -> int:
+    """Enough heads for a few tens of milliseconds, at least one."""
+    return max(1, 8192 // seq_len)
+
+
+def rows(case: Case, *, needs_grad: bool = False) -> list[Tensor]:
+    torch.manual_seed(0)
+    shape = (1, case.num_heads, case.seq_len, case.width)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, case.dtype)
+    return [torch.randn(shape).to(device, dtype).requires_grad_(needs_grad) for _ in range(3)]
+
+
+def baseline(case: Case, *, backward: bool) -> Callable[[], object]:
+    query, key, value = rows(case, needs_grad=backward)
+
+    def run() -> None:
+        output = scaled_dot_product_attention(query, key, value, is_causal=case.causal)
+        if backward:
+            torch.autograd.grad(output.sum(), (query, key, value))
+
+    return run
+
+
+def ours(case: Case, *, backward: bool) -> Callable[[], object]:
+    query, key, value = rows(case, needs_grad=backward)
+    bounds = AttentionBounds(query_norm=4.0, key_norm=4.0, value_norm=4.0, num_rows=case.seq_len)
+    cipher = "chacha20" if torch.cuda.is_available() else "aes-256-ctr"
+    noise = CallNoise.from_os(cipher=cipher)
+
+    def run() -> None:
+        output, _ = dp_flash_attention(
+            query, key, value, bounds=bounds, noise=noise, mu=1.0, is_causal=case.causal
+        )
+        if backward:
+            torch.autograd.grad(output.sum(), (query, key, value))
+
+    return run
+
+
+WHO = {"torch SDPA": baseline, "ours": ours}
+
+
+def peak_bytes(who: str, case: Case) -> int:
+    """Returns by how much three forward calls raise a fresh process's resident memory, inputs included."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(who, case, sender))
+    process.start()
+    peak = int(receiver.recv())
+    process.join()
+    return peak
+
+
+def _measure_peak(who: str, case: Case, sender: Any) -> None:
+    WHO[who](Case(seq_len=16, width=case.width, causal=case.causal, num_heads=1), backward=False)()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = WHO[who](case, backward=False)
+    for _ in range(3):
+        run()
+    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def measure(case: Case, *, repeats: int, backward: bool) -> tuple[list[Row], list[Bar]]:
+    cases = {who: make(case, backward=backward) for who, make in WHO.items()}
+    timings = run_interleaved(cases, repeats=repeats, warmup=1)
+    what = "forward and backward" if backward else "forward"
+    base = timings["torch SDPA"]
+
+    def row(who: str, timing: Timing) -> Row:
+        return Row(
+            name=f"{who}, {what}",
+            config=asdict(case),
+            value=timing.median_s * 1e3,
+            unit="ms",
+            baseline="torch SDPA",
+            ratio=timing.median_s / base.median_s,
+            spread=timing.spread,
+        )
+
+    found = [row(who, timing) for who, timing in timings.items()]
+    bars = []
+    bound = promised(case.seq_len)
+    if not backward and bound is not None:
+        label = f"T={case.seq_len}, D={case.width}{', causal' if case.causal else ''}"
+        ratio = found[-1].ratio
+        bars.append(Bar(name=f"ours / torch SDPA, {label}", value=ratio, bound=bound, holds=ratio <= bound))
+    return found, bars
+
+
+def promised(seq_len: int) -> float | None:
+    """The bound on the forward ratio at a length, on this machine's kind of device; None where none is promised."""
+    steps = {8192: 1.05, 4096: 1.10, 2048: 1.20} if torch.cuda.is_available() else {8192: 1.05, 2048: 1.10}
+    return next((bound for least, bound in steps.items() if seq_len >= least), None)
+
+
+def memory(case: Case) -> Row:
+    peaks = {who: peak_bytes(who, case) for who in WHO}
+    return Row(
+        name="ours, forward",
+        config=asdict(case),
+        value=peaks["ours"] / 2**20,
+        unit="MiB peak",
+        baseline="torch SDPA",
+        ratio=peaks["ours"] / peaks["torch SDPA"],
+        spread=0.0,
+    )
+
+
+def plot(path: Path) -> None:
+    """Draws the best signal-to-noise ratio of one answer against the number of rows, for several S, and of many."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    one, many = figure.subplots(1, 2, sharey=True)
+    counts = [round(10 ** (2 + i / 8)) for i in range(33)]
+
+    def curve(s: float, *, num_queries: int, value_width: int) -> list[float]:
+        found = []
+        for count in counts:
+            bounds = AttentionBounds(query_norm=1.0, key_norm=1.0, value_norm=1.0, num_rows=count)
+            plan = plan_attention_release(
+                bounds, num_queries=num_queries, query_width=32, value_width=value_width, scale=s, mu=0.2367
+            )
+            found.append(float(plan.signal_to_noise().min()))
+        return found
+
+    for s in (0.5, 1.0, 2.0, 3.0, 4.0):
+        one.plot(counts, curve(s, num_queries=1, value_width=1), label=f"S = {s:g}")
+    for num_queries, width in ((1, 1), (1, 64), (1000, 1), (1000, 64)):
+        label = f"{num_queries} quer{'y' if num_queries == 1 else 'ies'}, {width} numbers each"
+        many.plot(counts, curve(1.0, num_queries=num_queries, value_width=width), label=label)
+    one.set_title("One query, one number", loc="left", fontsize=11)
+    many.set_title("S = 1", loc="left", fontsize=11)
+    one.set_ylabel("largest signal / noise at ε = 1, δ = 1e-6")
+    for axes in (one, many):
+        axes.axhline(1.0, color="#8a94a3", ls=":", lw=1)
+        axes.set(xscale="log", yscale="log", xlabel="rows that a query sees")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, facecolor="white")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument(
+        "--backward-up-to", type=int, default=1 << 20, help="longest length with a backward pass"
+    )
+    parser.add_argument("--plot", type=Path, default=None, help="draw usefulness there, and measure nothing")
+    options = parser.parse_args()
+    if options.plot is not None:
+        plot(options.plot)
+        return
+    found: list[Row] = []
+    bars: list[Bar] = []
+    for seq_len in options.lengths:
+        for width in options.widths:
+            for causal in (False, True):
+                case = Case(
+                    seq_len=seq_len,
+                    width=width,
+                    causal=causal,
+                    num_heads=heads_for(seq_len),
+                    dtype=options.dtype,
+                )
+                directions = (False, True) if seq_len <= options.backward_up_to else (False,)
+                for backward in directions:
+                    repeats = options.repeats if seq_len < 8192 else max(3, options.repeats // 2)
+                    more, promises = measure(case, repeats=repeats, backward=backward)
+                    found += more
+                    bars += promises
+        longest = Case(
+            seq_len=seq_len,
+            width=options.widths[0],
+            causal=False,
+            num_heads=heads_for(seq_len),
+            dtype=options.dtype,
+        )
+        # A shorter one disappears beside what libraries take.
+        if seq_len >= 4096 and not torch.cuda.is_available():
+            found.append(memory(longest))
+    emit(Report(benchmark="attention", rows=found, bars=bars), as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()
