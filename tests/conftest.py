@@ -16,6 +16,9 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 # A test that would need a model hub has to fail at once, not wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Kernels run under Triton's interpreter on the CPU. It is chosen when they are imported, so for all tests or for
+# none: on an accelerator, run TRITON_INTERPRET=0 python -m pytest -m gpu tests/gpu.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis  # noqa: E402 - the lines above have to come first
 import numpy as np  # noqa: E402

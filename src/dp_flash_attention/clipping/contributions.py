@@ -22,6 +22,7 @@ from dp_flash_attention.clipping.norms import (
     cancelled_examples,
     gram_cross,
     linear_sq_norms,
+    row_mass,
 )
 from dp_flash_attention.clipping.precision import full_precision
 
@@ -93,10 +94,7 @@ class LinearContribution:
 
     def mass(self) -> Tensor:
         """Returns ``Σ_t ‖x_t‖‖g_t‖`` for each example, shape [B]."""
-        dtype = accumulation_dtype(self.x_BTD, self.g_BTP)
-        x_BT = torch.linalg.vector_norm(self.x_BTD, dim=2, dtype=dtype)
-        mass_B: Tensor = torch.linalg.vecdot(x_BT, torch.linalg.vector_norm(self.g_BTP, dim=2, dtype=dtype))
-        return mass_B
+        return row_mass(self.x_BTD, self.g_BTP)
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
         """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""

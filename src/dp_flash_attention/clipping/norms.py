@@ -18,6 +18,10 @@ differentially private learners", section 4 (gram form).
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+from typing import Final, Literal
+
 import torch
 from torch import Tensor
 
@@ -33,6 +37,7 @@ _STRIP_ROWS = 64
 # Below this share of (Σ_t ‖x_t‖‖g_t‖)² the gram form's rounding (measured: 3e-8 of it in float32, T = 16
 # to 256) could show in the third digit. Rows that do not cancel have a share of about 1 / T.
 _CANCELLED_SHARE = 1e-4
+_KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -101,6 +106,14 @@ def cancelled_examples(sq_norms_B: Tensor, mass_B: Tensor, *, num_rows: int) -> 
     return torch.nonzero(sq_norms_B < share * mass_B.square()).flatten()
 
 
+def row_mass(x_BTD: Tensor, g_BTP: Tensor) -> Tensor:
+    """Returns ``Σ_t ‖x_t‖‖g_t‖`` for each example, which its gradient's norm cannot exceed, shape [B]."""
+    dtype = accumulation_dtype(x_BTD, g_BTP)
+    x_BT = torch.linalg.vector_norm(x_BTD, dim=2, dtype=dtype)
+    mass_B: Tensor = torch.linalg.vecdot(x_BT, torch.linalg.vector_norm(g_BTP, dim=2, dtype=dtype))
+    return mass_B
+
+
 def outer_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
     """Returns ``‖gᵀx‖²_F`` for each example, shape [B], by the outer form in bounded scratch.
 
@@ -129,11 +142,30 @@ def gram_is_cheaper(num_rows: int, num_inputs: int, num_outputs: int) -> bool:
     return 0.65 * num_rows * (num_inputs + num_outputs) <= num_inputs * num_outputs
 
 
+def norm_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
+    """Returns what ``linear_sq_norms`` runs: Triton's kernels, or torch's products.
+
+    The kernels take CUDA tensors of one dtype of at most 32 bits where triton is installed. Everything else runs in
+    torch, which gives the same norms up to rounding and needs scratch for its products: slower, and no less exact.
+    """
+    fits = x_BTD.dtype == g_BTP.dtype and x_BTD.dtype in _KERNEL_DTYPES
+    return "triton" if fits and _is_on_gpu(x_BTD) and _has_triton() else "torch"
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
     """Returns the squared norm of a linear map's gradient for each example, shape [B].
 
     Both forms run in float32 or better over chunks of examples; the choice between them depends
-    on shapes alone, so it reveals nothing.
+    on shapes alone, so it reveals nothing. ``norm_path`` says whether kernels run.
 
     Args:
         x_BTD: Inputs [B, T, D] of any floating dtype.
@@ -144,6 +176,8 @@ def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATC
     num_outputs = g_BTP.shape[2]
     dtype = accumulation_dtype(x_BTD, g_BTP)
     use_gram = gram_is_cheaper(num_rows, num_inputs, num_outputs)
+    if norm_path(x_BTD, g_BTP) == "triton":
+        return _kernel_sq_norms(x_BTD, g_BTP, use_gram=use_gram)
     widened = 0 if x_BTD.dtype == g_BTP.dtype == dtype else num_rows * (num_inputs + num_outputs)
     products = 2 * min(num_rows, _STRIP_ROWS) * num_rows if use_gram else 0
     chunk = max(1, scratch_bytes // (dtype.itemsize * max(1, widened + products)))
@@ -153,3 +187,15 @@ def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATC
         for start in range(0, size, chunk)
     ]
     return torch.cat(parts) if parts else x_BTD.new_zeros(0, dtype=dtype)
+
+
+def _kernel_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, use_gram: bool) -> Tensor:
+    from dp_flash_attention.clipping import kernels
+
+    if not use_gram:
+        return kernels.outer_norm(x_BTD, g_BTP)
+    total_B = kernels.gram_norm(x_BTD, g_BTP)
+    cancelled = cancelled_examples(total_B, row_mass(x_BTD, g_BTP), num_rows=x_BTD.shape[1])
+    if len(cancelled):
+        total_B[cancelled] = kernels.outer_norm(x_BTD[cancelled], g_BTP[cancelled])
+    return total_B

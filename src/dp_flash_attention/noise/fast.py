@@ -18,6 +18,7 @@ import struct
 
 import numpy as np
 
+from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.entropy import NoiseKey
 from dp_flash_attention.noise.keystream import Bytes, Domain, Indices, Stream, Words32
 from dp_flash_attention.noise.writer import CounterNormalGenerator
@@ -83,6 +84,10 @@ class PhiloxKeystream:
     def at(self, *, step: int, stream: int) -> Stream:
         """Returns the stream of a position."""
         return _PhiloxStream(self._key, step, stream)
+
+    def kernel_key(self, step: int) -> KernelKey:
+        """Returns the generator's key and the step for a GPU kernel."""
+        return KernelKey.from_bytes("philox4x64", struct.pack("<QQ", *self._key), step=step)
 
 
 class FastNormalGenerator(CounterNormalGenerator):

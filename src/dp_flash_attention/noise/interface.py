@@ -9,7 +9,7 @@ from torch import Tensor
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.noise.entropy import NoiseKey
 from dp_flash_attention.noise.fast import FastNormalGenerator
-from dp_flash_attention.noise.secure import SecureNormalGenerator
+from dp_flash_attention.noise.secure import Cipher, SecureNormalGenerator
 
 NoiseName = Literal["secure", "fast"]
 
@@ -35,16 +35,26 @@ class NormalGenerator(Protocol):
         """Adds to row i of a matrix ``row_stddev[i]`` times unit normals of the position, and returns it."""
 
 
-def make_generator(name: NoiseName, key: NoiseKey) -> NormalGenerator:
+def make_generator(name: NoiseName, key: NoiseKey, *, cipher: Cipher | None = None) -> NormalGenerator:
     """Returns the generator called ``name`` on ``key``.
 
+    Args:
+        name: ``"secure"`` or ``"fast"``.
+        key: Secret of the run.
+        cipher: For ``secure`` alone: ``"aes-256-ctr"``, which is meant if it is None, or ``"chacha20"``, which is
+            needed to write to a GPU and gives the same numbers on the CPU.
+
     Raises:
-        InvalidInputError: If the name is unknown.
+        InvalidInputError: If the name or the cipher is unknown, or a cipher is given for ``fast``.
         NoiseUnavailableError: If ``secure`` is asked for and ``cryptography`` is missing. There is no
             fallback.
     """
     if name == "secure":
-        return SecureNormalGenerator(key)
+        return SecureNormalGenerator(key, cipher="aes-256-ctr" if cipher is None else cipher)
     if name == "fast":
+        if cipher is not None:
+            raise InvalidInputError(
+                "cipher", cipher, bound="None for noise 'fast'", remedy="Use 'secure' with a cipher."
+            )
         return FastNormalGenerator(key)
     raise InvalidInputError("noise", name, bound="'secure' or 'fast'", remedy="Use 'secure' for releases.")

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import non_negative_int
+from dp_flash_attention.noise.device import KernelKey
 
 TILE_PAIRS: Final = 1024
 TILE_NUMBERS: Final = 2 * TILE_PAIRS
@@ -80,6 +81,13 @@ class Keystream(Protocol):
 
     def at(self, *, step: int, stream: int) -> Stream:
         """Returns the stream of a position whose range was checked."""
+
+    def kernel_key(self, step: int) -> KernelKey:
+        """Returns what a GPU kernel needs to read the streams of a step whose range was checked.
+
+        Raises:
+            NoiseUnavailableError: If no kernel makes these integers.
+        """
 
 
 def new_buffer(num_bytes: int) -> Bytes:

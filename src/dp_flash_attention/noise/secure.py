@@ -30,6 +30,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from dp_flash_attention.core.errors import InvalidInputError, NoiseUnavailableError
+from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.entropy import KEY_BYTES, NoiseKey
 from dp_flash_attention.noise.keystream import (
     MAX_READ_BYTES,
@@ -144,6 +145,7 @@ class CipherKeystream:
             bound = f"one of {', '.join(_STREAMS)}"
             raise InvalidInputError("cipher", cipher, bound=bound, remedy="Use 'aes-256-ctr' if in doubt.")
         self._ciphers = _import_ciphers()
+        self._cipher = cipher
         self._stream_type = _STREAMS[cipher]
         self._key = key.derive(f"noise.keystream.{cipher}").export()
         if len(self._key) != KEY_BYTES:
@@ -166,13 +168,27 @@ class CipherKeystream:
         """Returns the stream of a position, under the step's own key."""
         return self._stream_type(self._ciphers, _step_key(self._key, step), stream)
 
+    def kernel_key(self, step: int) -> KernelKey:
+        """Returns the step's key for a GPU kernel.
+
+        Raises:
+            NoiseUnavailableError: If the cipher is AES: without its instructions a kernel would need tables,
+                which are slow and leak through their timing.
+        """
+        if self._cipher != "chacha20":
+            raise NoiseUnavailableError(
+                f"Cipher {self._cipher!r} has no GPU kernel, but noise was asked for on a GPU. "
+                "Build the generator with cipher='chacha20', which gives the same numbers on both."
+            )
+        return KernelKey.from_bytes("chacha20", _step_key(self._key, step), step=step)
+
 
 class SecureNormalGenerator(CounterNormalGenerator):
     """Standard normals from a 256-bit cipher, full tail. The default noise of training.
 
     Args:
         key: Secret of the run. A ``TestKey`` makes a generator whose ``uses_test_key`` is true.
-        cipher: ``"aes-256-ctr"`` (fastest with AES instructions) or ``"chacha20"``.
+        cipher: ``"aes-256-ctr"`` (fastest with AES instructions) or ``"chacha20"``, the one that GPUs can run.
 
     Raises:
         InvalidInputError: If the cipher is unknown.

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Final
+from typing import Final, NoReturn
 
 import numpy as np
 
+from dp_flash_attention.core.errors import NoiseUnavailableError
 from dp_flash_attention.noise.entropy import NoiseKey
 from dp_flash_attention.noise.keystream import Bytes, Domain, Indices, Stream, Words32
 
@@ -65,3 +66,13 @@ class ShakeKeystream:
     def at(self, *, step: int, stream: int) -> Stream:
         """Returns the stream of a position."""
         return _ShakeStream(self._key, step, stream)
+
+    def kernel_key(self, step: int) -> NoReturn:
+        """Refuses: no kernel makes these integers.
+
+        Raises:
+            NoiseUnavailableError: Always.
+        """
+        raise NoiseUnavailableError(
+            f"SHAKE256 has no GPU kernel, but noise of step {step} was asked for on a GPU. Keep it on the CPU."
+        )

@@ -44,12 +44,12 @@ def float32_two_variance(stddev: float) -> np.float32:
     return rounded if float(rounded) >= exact else np.nextafter(rounded, np.float32(np.inf))
 
 
-def checked_target(out: object) -> npt.NDArray[Any]:
-    """Returns ``out``'s memory as an array.
+def checked_tensor(out: object) -> Tensor:
+    """Returns ``out`` if noise can be written to it.
 
     Raises:
         InvalidInputError: If ``out`` is not a dense float32 or float64 tensor without overlap and gradient.
-        NoiseUnavailableError: If ``out`` is not on the CPU.
+        NoiseUnavailableError: If ``out`` is neither on the CPU nor on a CUDA device.
     """
     return _checked_target(
         out,
@@ -66,22 +66,22 @@ def checked_integer_target(out: object) -> npt.NDArray[Any]:
         InvalidInputError: If ``out`` is not a dense int64 tensor without overlap.
         NoiseUnavailableError: If ``out`` is not on the CPU.
     """
-    return _checked_target(
-        out,
-        (torch.int64,),
-        bound="int64 (exact noise is made of integers)",
-        remedy="Round the values to a public grid and pass their integer coordinates.",
+    return _array_of(
+        _checked_target(
+            out,
+            (torch.int64,),
+            bound="int64 (exact noise is made of integers)",
+            remedy="Round the values to a public grid and pass their integer coordinates.",
+        )
     )
 
 
-def _checked_target(
-    out: object, dtypes: tuple[torch.dtype, ...], *, bound: str, remedy: str
-) -> npt.NDArray[Any]:
+def _checked_target(out: object, dtypes: tuple[torch.dtype, ...], *, bound: str, remedy: str) -> Tensor:
     if not isinstance(out, Tensor):
         raise InvalidInputError("out", type(out).__name__, bound="a torch.Tensor", remedy="Pass a tensor.")
-    if out.device.type != "cpu":
+    if out.device.type not in ("cpu", "cuda"):
         raise NoiseUnavailableError(
-            f"out is on device {str(out.device)!r}, but this generator writes to the CPU only. "
+            f"out is on device {str(out.device)!r}, but this generator writes to the CPU and to CUDA devices. "
             "Keep the sums on the CPU, or fill a CPU tensor and copy it over."
         )
     if out.dtype not in dtypes:
@@ -106,8 +106,32 @@ def _checked_target(
             bound="free of overlap, or elements would share noise",
             remedy="Pass out.contiguous() or a clone.",
         )
-    array: npt.NDArray[Any] = out.detach().numpy()
+    return out
+
+
+def checked_target(out: object) -> npt.NDArray[Any]:
+    """Returns ``out``'s memory as an array.
+
+    Raises:
+        InvalidInputError: As ``checked_tensor``.
+        NoiseUnavailableError: If ``out`` is not on the CPU.
+    """
+    return _array_of(checked_tensor(out))
+
+
+def _array_of(tensor: Tensor) -> npt.NDArray[Any]:
+    if tensor.device.type != "cpu":
+        raise NoiseUnavailableError(
+            f"out is on device {str(tensor.device)!r}, but this is written on the CPU. "
+            "Keep the sums on the CPU, or fill a CPU tensor and copy it over."
+        )
+    array: npt.NDArray[Any] = tensor.detach().numpy()
     return array
+
+
+def runs_on_kernel(out: object) -> bool:
+    """Whether a kernel writes the numbers: on a CUDA device, and never on the CPU."""
+    return isinstance(out, Tensor) and out.device.type == "cuda"
 
 
 def checked_row_stddev(row_stddev: object, out: object) -> npt.NDArray[Any]:

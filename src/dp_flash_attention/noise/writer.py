@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dp_flash_attention.noise.chunk_threads import ChunkThreads
+from dp_flash_attention.noise.device import KernelKey, require_triton
 from dp_flash_attention.noise.keystream import (
     TILE_NUMBERS,
     TILE_PAIRS,
@@ -30,7 +31,9 @@ from dp_flash_attention.noise.targets import (
     checked_row_stddev,
     checked_stddev,
     checked_target,
+    checked_tensor,
     float32_two_variance,
+    runs_on_kernel,
     scale_rows_,
 )
 
@@ -83,6 +86,16 @@ class CounterNormalGenerator:
         self._threads = ChunkThreads(_Worker, CHUNK_NUMBERS)
         self.uses_test_key = uses_test_key
 
+    def kernel_key(self, step: int) -> KernelKey:
+        """Returns what a GPU kernel needs to make this generator's numbers at ``step``.
+
+        Raises:
+            InvalidInputError: If ``step`` is out of range.
+            NoiseUnavailableError: If no kernel makes them (AES-256-CTR).
+        """
+        step, _ = checked_position(step, 0)
+        return self._keystream.kernel_key(step)
+
     def fill_normal_(self, out: Tensor, *, stddev: float = 1.0, step: int, stream: int) -> Tensor:
         """Overwrites ``out`` with independent N(0, stddev²) numbers and returns it.
 
@@ -90,7 +103,8 @@ class CounterNormalGenerator:
         tensor starts with the numbers of a shorter one.
 
         Args:
-            out: CPU tensor, float32 or float64, any shape and strides without overlap.
+            out: float32 or float64 on the CPU, any shape and strides without overlap; or float32 and
+                contiguous on a CUDA device, where the numbers are the same up to their last bits.
             stddev: Absolute standard deviation, rounded up to ``out``'s precision.
             step: Logical step, 0 to 2^63 - 1. A pair (step, stream) is for one release only.
             stream: Number of the parameter within the step, 0 to 2^32 - 1.
@@ -98,7 +112,9 @@ class CounterNormalGenerator:
         Raises:
             InvalidInputError: If an argument is out of range, or ``out`` has a narrower dtype than
                 float32, overlapping memory or needs a gradient.
-            NoiseUnavailableError: If ``out`` is not on the CPU.
+            NoiseUnavailableError: If ``out`` is on a device that this generator has no kernel for.
+            DependencyMissingError: If ``out`` is on a CUDA device and triton is missing.
+            NoiseReuseError: If a CUDA graph is being captured.
         """
         return self._write(out, stddev, step, stream, add=False)
 
@@ -127,6 +143,8 @@ class CounterNormalGenerator:
     def _write(
         self, out: Tensor, stddev: float, step: int, stream: int, *, add: bool, rows: Floats | None = None
     ) -> Tensor:
+        if runs_on_kernel(out):
+            return self._launch(out, stddev, step, stream, add=add)
         target = checked_target(out)
         scale = checked_stddev(stddev, out.dtype)
         step, stream = checked_position(step, stream)
@@ -159,5 +177,18 @@ class CounterNormalGenerator:
         if total:
             self._threads.run(write_chunk, total, num_threads=torch.get_num_threads() if contiguous else 1)
             # NumPy wrote behind autograd's back: a backward pass that saved the old values must notice.
+            torch.autograd.graph.increment_version(out)
+        return out
+
+    def _launch(self, out: Tensor, stddev: float, step: int, stream: int, *, add: bool) -> Tensor:
+        out = checked_tensor(out)
+        scale = checked_stddev(stddev, out.dtype)
+        step, stream = checked_position(step, stream)
+        key = self.kernel_key(step)
+        require_triton(f"Noise {self.name!r} on device {str(out.device)!r}")
+        from dp_flash_attention.noise.kernels import write_normals
+
+        if out.numel():
+            write_normals(out, two_variance=float32_two_variance(scale), key=key, stream=stream, add=add)
             torch.autograd.graph.increment_version(out)
         return out

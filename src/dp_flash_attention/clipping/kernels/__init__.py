@@ -1,0 +1,10 @@
+"""Squared per-example norms as Triton kernels. Needs triton; imported only where a kernel is launched.
+
+``gram_norm.py`` and ``outer_norm.py`` are the two forms of ``clipping.norms``; their references are the functions of the
+same names there.
+"""
+
+from dp_flash_attention.clipping.kernels.gram_norm import gram_norm
+from dp_flash_attention.clipping.kernels.outer_norm import outer_norm
+
+__all__ = ["gram_norm", "outer_norm"]

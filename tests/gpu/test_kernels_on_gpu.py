@@ -1,0 +1,132 @@
+"""The kernels on a real device, against the same references as under the interpreter.
+
+Run by hand: ``TRITON_INTERPRET=0 python -m pytest -m gpu tests/gpu``. None of it has been run yet: the machines that
+this was written on have no GPU.
+"""
+
+import math
+
+import pytest
+import torch
+import triton
+
+from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, RowNorms
+from dp_flash_attention.attention.kernels.backend import make_backend
+from dp_flash_attention.attention.kernels.launch import attention_forward
+from dp_flash_attention.attention.reference import reference_attention, reference_noise
+from dp_flash_attention.clipping import norms
+from dp_flash_attention.clipping.kernels import gram_norm, outer_norm
+from dp_flash_attention.core.errors import NoiseReuseError, NoiseUnavailableError
+from dp_flash_attention.noise import FastNormalGenerator, SecureNormalGenerator, TestKey, make_generator
+from dp_flash_attention.noise.keystream import MAX_STEP, MAX_STREAM, TILE_NUMBERS
+
+pytestmark = pytest.mark.gpu
+
+KEY = TestKey("on a gpu")
+GENERATORS = {
+    "secure": make_generator("secure", KEY, cipher="chacha20"),
+    "fast": make_generator("fast", KEY),
+}
+CLOSE = {"rtol": 16 * 2.0**-24, "atol": 2.0**-25}  # see tests/unit/noise/kernels/test_transform.py
+
+
+@pytest.fixture(autouse=True)
+def _on_a_device():
+    assert torch.cuda.is_available(), "these tests need a CUDA device"
+    assert not triton.knobs.runtime.interpret, "set TRITON_INTERPRET=0: the interpreter runs on the CPU"
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("size", [1, 17, TILE_NUMBERS + 1, 1_000_003, 40_000_000])
+@pytest.mark.parametrize(("step", "stream"), [(0, 0), (MAX_STEP, MAX_STREAM)])
+def test_normals_are_those_of_the_cpu(name, size, step, stream):
+    poisoned = torch.full((size + 7,), float("nan"), device="cuda")
+    GENERATORS[name].fill_normal_(poisoned[:size], stddev=1.0, step=step, stream=stream)
+    assert torch.isnan(poisoned[size:]).all()
+    want = GENERATORS[name].fill_normal_(torch.empty(size), step=step, stream=stream)
+    torch.testing.assert_close(poisoned[:size].cpu(), want, **CLOSE)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_adding_and_another_device_s_order_change_nothing(name):
+    start = torch.linspace(-1, 1, 500_000)
+    where = {"stddev": 0.7, "step": 3, "stream": 1}
+    added = GENERATORS[name].add_normal_(start.cuda(), **where)
+    torch.testing.assert_close(added.cpu(), GENERATORS[name].add_normal_(start.clone(), **where), **CLOSE)
+
+
+def test_aes_is_refused_on_the_device():
+    with pytest.raises(NoiseUnavailableError, match="chacha20"):
+        make_generator("secure", KEY).fill_normal_(torch.empty(5, device="cuda"), step=0, stream=0)
+
+
+def test_a_capture_is_refused():
+    out = torch.zeros(4096, device="cuda")
+    GENERATORS["fast"].fill_normal_(out, step=0, stream=0)  # compiles outside of the capture
+    with pytest.raises(NoiseReuseError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        GENERATORS["fast"].fill_normal_(out, step=1, stream=0)
+
+
+def make_call(queries, rows, width, dtype, *, heads=4, groups=2, causal, hides, name="secure"):
+    generator = FastNormalGenerator(KEY) if name == "fast" else SecureNormalGenerator(KEY, cipher="chacha20")
+
+    def drawn(*shape):
+        lengths = 2 * torch.exp(torch.randn(*shape[:-1], 1)) / math.sqrt(shape[-1])
+        return (torch.randn(shape) * lengths).to("cuda", dtype)
+
+    return AttentionCall(
+        query=drawn(2, heads, queries, width),
+        key=drawn(2, groups, rows, width),
+        value=drawn(2, groups, rows, width),
+        norms=RowNorms(query=2.0, key=3.0, value=1.5),
+        scale=0.5,
+        score_bound=3.0,
+        causal=causal,
+        hidden=torch.rand(2, rows, device="cuda") < 0.3 if hides else None,
+        null_rows=1.0,
+        stddev=torch.rand(2, heads, queries) + 0.1,
+        noise=NoiseStream(key=KEY, name=name, cipher="chacha20", call_id=7, generator=generator),
+        out_dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("factors", ["inline", "ahead"])
+@pytest.mark.parametrize("name", ["secure", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("queries", "rows", "causal", "hides"),
+    [(1, 1, False, False), (17, 129, False, True), (300, 300, True, False), (129, 517, True, True)],
+)
+def test_attention_is_the_reference_and_the_noise(queries, rows, causal, hides, width, dtype, name, factors):
+    call = make_call(queries, rows, width, dtype, causal=causal, hides=hides, name=name)
+    got, _ = attention_forward(call, factors=factors)
+    want = reference_attention(call) + reference_noise(call)
+    error = torch.linalg.vector_norm(got.cpu().double() - want, dim=-1).max() / 1.5
+    # See tests/unit/attention/kernels/test_forward.tolerance; the noise adds its last bits.
+    assert error <= (3e-5 if dtype is torch.float32 else 2 * (2 * 2.0**-9 * 3 + 2 * 2.0**-9))
+    again, _ = attention_forward(call, factors=factors)
+    assert torch.equal(got, again)
+
+
+def test_long_contexts_and_the_back_end_s_own_choice():
+    call = make_call(64, 20_000, 64, torch.bfloat16, causal=False, hides=False)
+    backend = make_backend()
+    assert backend.refusal(call, needs_grad=False) is None
+    want = reference_attention(call) + reference_noise(call)
+    error = torch.linalg.vector_norm(backend.release(call).cpu().double() - want, dim=-1).max() / 1.5
+    assert error <= 2 * (2 * 2.0**-9 * 3 + 2 * 2.0**-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 17, 5, 300), (2, 129, 770, 65), (2, 1024, 768, 3072)])
+def test_norms_are_those_of_float64(shape, dtype):
+    size, rows, inputs, outputs = shape
+    x = torch.randn(size, rows, inputs, device="cuda").to(dtype)
+    g = torch.randn(size, rows, outputs, device="cuda").to(dtype)
+    want = torch.einsum("btp,btd->bpd", g.double(), x.double()).square().sum((1, 2))
+    for norm in (gram_norm, outer_norm):
+        got = [norm(x, g) for _ in range(2)]
+        assert torch.equal(*got)
+        torch.testing.assert_close(got[0].double(), want, rtol=2 * (64 + rows) * 2.0**-24, atol=0)
+    assert norms.norm_path(x, g) == "triton"

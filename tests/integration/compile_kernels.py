@@ -1,0 +1,185 @@
+"""Compiles every kernel for sm_90 without a GPU and prints what the binary is made of, as JSON.
+
+Run by ``test_kernels_compile.py`` in a process of its own, as the tests' process runs Triton's interpreter.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dp_flash_attention.attention.kernels import launch
+from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
+from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
+from dp_flash_attention.noise.kernels import transform
+from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGRAM, write_normals_kernel
+
+# The package's names for these modules are its functions.
+gram_norm = import_module("dp_flash_attention.clipping.kernels.gram_norm")
+outer_norm = import_module("dp_flash_attention.clipping.kernels.outer_norm")
+
+TARGET = GPUTarget("cuda", 90, 32)
+COUNTS = ("num_heads", "heads_per_group", "num_groups")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def compiled(kernel, types, constants, *, num_warps, num_stages=3):
+    """Returns counts of one compiled variant."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    # Tensors that torch allocates are aligned to 16 bytes, and the usual sizes are multiples of 16; the launcher tells the
+    # compiler the same. Without it, nothing would be copied asynchronously.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name not in COUNTS and signature[name] == "i32")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    binary = triton.compile(source, target=TARGET, options={"num_warps": num_warps, "num_stages": num_stages})
+    cubin = Path("kernel.cubin")
+    cubin.write_bytes(binary.asm["cubin"])
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared_bytes": binary.metadata.shared,
+        "barriers": binary.asm["ptx"].count("bar.sync"),
+        "loads": binary.asm["ptx"].count("ld.global"),
+        "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+KEY_TYPES = {f"k{i}": "u32" for i in range(8)} | {"stream": "u32", "step": "u64", "two_variance": "fp32"}
+
+
+@triton.jit
+def lanes_without_anchor(anchor, LANES: tl.constexpr):
+    return tl.arange(0, LANES).to(tl.uint64)
+
+
+def noise_kernels():
+    for cipher in ("chacha20", "philox4x64"):
+        for add in (False, True):
+            yield (
+                f"write_normals/{cipher}/{'add' if add else 'fill'}",
+                compiled(
+                    write_normals_kernel,
+                    {"out": "*fp32", "total": "i64", **KEY_TYPES},
+                    {"CIPHER": cipher, "ADD": add, "TILES": _TILES_PER_PROGRAM},
+                    num_warps=_NUM_WARPS,
+                ),
+            )
+
+
+def attention_kernels():
+    """Yields variants that plans and benchmarks meet most, launched as ``launch.py`` launches them."""
+    bf16 = torch.bfloat16
+    yield "attention/64, causal", attention_kernel(bf16, 64, True, False, "chacha20")
+    yield "attention/128, inline", attention_kernel(bf16, 128, False, True, "chacha20")
+    yield (
+        "attention/64, hidden, passes",
+        attention_kernel(bf16, 64, False, False, "chacha20", hidden=True, passes=8192),
+    )
+    yield "row_factors", row_factors_variant()
+
+
+def all_attention_kernels():
+    for dtype, width in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)):
+        for causal in (False, True):
+            for inline in (False, True):
+                for cipher in ("chacha20", "philox4x64", None):
+                    name = f"attention/{dtype}, {width}, {causal=}, {inline=}, {cipher}"
+                    yield name, attention_kernel(dtype, width, causal, inline, cipher)
+    yield "attention/float32", attention_kernel(torch.float32, 64, False, False, "philox4x64")
+    yield "attention/256", attention_kernel(torch.bfloat16, 256, False, False, "chacha20")
+    yield "attention/one query", attention_kernel(torch.bfloat16, 64, False, True, "chacha20", queries=1)
+
+
+def row_factors_variant():
+    return compiled(
+        row_factors_kernel,
+        {
+            "x": "*bf16",
+            "out": "*fp32",
+            "norm": "fp32",
+            **dict.fromkeys(("stride_b", "stride_g", "stride_k", "num_groups", "num_rows"), "i32"),
+        },
+        {"WIDTH": 64, "BLOCK_WIDTH": 64, "BLOCK_ROWS": 128, "stride_d": 1},
+        num_warps=4,
+    )
+
+
+def attention_kernel(dtype, width, causal, inline, cipher, *, queries=4096, hidden=False, passes=None):
+    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    block_m, block_n, num_warps = launch.block_shape(queries, width, width, dtype, inline=inline)
+    constants = {
+        "WIDTH": width,
+        "BLOCK_D": width,
+        "BLOCK_E": width,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "PASS_ROWS": passes,
+        "CAUSAL": causal,
+        "HAS_HIDDEN": hidden,
+        "INLINE_FACTORS": inline,
+        "STORE_LSE": False,
+        "CIPHER": cipher,
+        "PRECISION": "ieee",
+        **dict.fromkeys(("stride_qd", "stride_kd", "stride_ve"), 1),  # rows of contiguous numbers
+    }
+    types = {
+        name: "i32"
+        for name in dp_attention_fwd_kernel.arg_names
+        if name.startswith(("stride", "num", "heads"))
+    }
+    types |= dict.fromkeys(("query", "key", "value", "out"), f"*{element}")
+    types |= dict.fromkeys(("lse", "key_factors", "value_factors", "stddev"), "*fp32")
+    types |= dict.fromkeys(
+        ("query_norm", "key_norm", "value_norm", "scale_log2", "shift_log2", "null_weight"), "fp32"
+    )
+    types |= {"hidden": "*u8", **KEY_TYPES}
+    return compiled(
+        dp_attention_fwd_kernel, types, constants, num_warps=num_warps, num_stages=launch.NUM_STAGES
+    )
+
+
+def norm_kernels():
+    for dtype in ("bf16", "fp32"):
+        for form, module, blocks in (
+            ("gram", gram_norm, ("BLOCK_ROWS", "BLOCK_WIDTH")),
+            ("outer", outer_norm, ("BLOCK_OUTPUTS", "BLOCK_INPUTS", "BLOCK_ROWS")),
+        ):
+            types = dict.fromkeys(("stride_xb", "stride_xt", "stride_gb", "stride_gt"), "i32")
+            types |= dict.fromkeys(("num_rows", "num_inputs", "num_outputs"), "i32")
+            types |= {"x": f"*{dtype}", "g": f"*{dtype}", "partial": "*fp32"}
+            constants = {"stride_xd": 1, "stride_gp": 1} | {name: getattr(module, name) for name in blocks}
+            kernel = getattr(module, f"{form}_norm_kernel")
+            yield (
+                f"{form}_norm/{dtype}",
+                compiled(kernel, types, constants, num_warps=module.NUM_WARPS, num_stages=module.NUM_STAGES),
+            )
+
+
+def main():
+    if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
+        transform._anchored_lanes = lanes_without_anchor
+        found = [next(noise_kernels())]
+    elif sys.argv[1:] == ["--all"]:
+        found = [*noise_kernels(), *attention_kernels(), *norm_kernels(), *all_attention_kernels()]
+    else:
+        found = [*noise_kernels(), *attention_kernels(), *norm_kernels()]
+    print(json.dumps(dict(found)))
+
+
+if __name__ == "__main__":
+    main()

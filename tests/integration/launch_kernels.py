@@ -1,0 +1,132 @@
+"""Compiles the kernels as the launchers ask for them, for an sm_90 that is not there, and prints what was compiled.
+
+What a launcher passes decides the types: a number above 2^31 is wider than one below, a one becomes a constant, a multiple of
+16 another variant. Run by ``test_kernels_compile.py`` in a process of its own.
+"""
+
+import itertools
+import json
+import sys
+from importlib import import_module
+
+import numpy as np
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, RowNorms
+from dp_flash_attention.attention.kernels import launch
+from dp_flash_attention.noise import SecureNormalGenerator, TestKey
+from dp_flash_attention.noise.device import KernelKey
+from dp_flash_attention.noise.kernels import writer
+
+KEY = TestKey("launch")
+
+
+class DriverWithoutDevice:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+class CompileOnly:
+    """A kernel whose launches stop after the compilation; remembers what was compiled."""
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        def warm_up(*args, **kwargs):
+            self.compiled.append(self._kernel.warmup(*args, grid=grid, **kwargs))
+
+        return warm_up
+
+    def variants(self):
+        return len({binary.hash for binary in self.compiled})
+
+
+def compile_only(module, name):
+    kernel = CompileOnly(getattr(module, name))
+    setattr(module, name, kernel)
+    return kernel
+
+
+def noise(kernel):
+    words = ((2**32 - 1, 2**31, 1, 0, 16, 5, 7, 9), (1,) * 8, (0,) * 8, (16,) * 8)
+    for key, step, stream in itertools.product(words, (0, 1, 2**63 - 1), (0, 1, 2**32 - 1)):
+        writer.write_normals(
+            torch.zeros(4096),
+            two_variance=np.float32(2.0),
+            key=KernelKey(cipher="chacha20", words=key, step=step),
+            stream=stream,
+            add=True,
+        )
+    types = kernel.compiled[0].src.signature
+    return {"variants": kernel.variants(), "types": [types[name] for name in ("k0", "k7", "stream", "step")]}
+
+
+def attention(kernel, shapes, dtypes):
+    generator = SecureNormalGenerator(KEY, cipher="chacha20")
+    for (batch, heads, groups, queries, rows, width, value_width, masked), dtype in itertools.product(
+        shapes, dtypes
+    ):
+        call = AttentionCall(
+            query=torch.zeros(batch, heads, queries, width, dtype=dtype),
+            key=torch.zeros(batch, groups, rows, width, dtype=dtype),
+            value=torch.zeros(batch, groups, rows, value_width, dtype=dtype),
+            norms=RowNorms(query=1.0, key=1.0, value=1.0),
+            scale=1.0,
+            score_bound=1.0,
+            causal=masked,
+            hidden=torch.zeros(batch, rows, dtype=torch.bool) if masked else None,
+            null_rows=1.0,
+            stddev=torch.ones(()).expand(batch, heads, queries),
+            noise=NoiseStream(key=KEY, name="secure", cipher="chacha20", call_id=0, generator=generator),
+            out_dtype=torch.float32,
+        )
+        for factors in ("inline", "ahead"):
+            launch.attention_forward(call, factors=factors, with_lse=True)
+    return {"compiled": len(kernel.compiled)}
+
+
+def norms(module, name, kernel):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size, rows, inputs, outputs in ((1, 1, 1, 1), (2, 17, 5, 3), (2, 129, 64, 128)):
+            getattr(module, name)(
+                torch.zeros(size, rows, inputs, dtype=dtype), torch.zeros(size, rows, outputs, dtype=dtype)
+            )
+    return {"compiled": len(kernel.compiled)}
+
+
+def main():
+    driver.set_active(DriverWithoutDevice())
+    found = {"noise": noise(compile_only(writer, "write_normals_kernel"))}
+    forward = compile_only(launch, "dp_attention_fwd_kernel")
+    compile_only(launch, "row_factors_kernel")
+    if sys.argv[1:] == ["--all"]:
+        shapes = [
+            (1, 1, 1, 1, 1, 1, 16, False),
+            (1, 1, 1, 1, 1, 16, 16, True),
+            (2, 4, 1, 1, 9000, 64, 128, False),
+            (1, 1, 1, 3, 0, 24, 32, False),
+            (2, 4, 2, 300, 300, 80, 64, True),
+        ]
+        found["attention"] = attention(forward, shapes, (torch.bfloat16, torch.float32))
+        for name in ("gram_norm", "outer_norm"):
+            module = import_module(f"dp_flash_attention.clipping.kernels.{name}")
+            found[name] = norms(module, name, compile_only(module, f"{name}_kernel"))
+    else:
+        found["attention"] = attention(forward, [(1, 1, 1, 1, 1, 16, 16, False)], (torch.bfloat16,))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

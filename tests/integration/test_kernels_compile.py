@@ -1,0 +1,80 @@
+"""Every kernel compiles for an H100-class GPU (sm_90) on a machine without one: the interpreter checks no types."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+LAUNCHES = Path(__file__).with_name("launch_kernels.py")
+
+
+def compiled(folder, *arguments, script=SCRIPT):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def spilled(counts):
+    return {name: count["spilled_bytes"] for name, count in counts.items() if count["spilled_bytes"]}
+
+
+def test_the_kernels_compile_to_what_they_should(tmp_path):
+    binaries = compiled(tmp_path)
+    # No registers are spilled. float32 is no fast path; passes keep a second set of sums, written away once in
+    # 8,192 rows.
+    found = spilled(binaries)
+    for name in ("gram_norm/fp32", "outer_norm/fp32"):
+        found.pop(name, None)
+    assert found.pop("attention/64, hidden, passes", 0) <= 64
+    assert found == {}
+    # Tiles are copied ahead, in two or three stages, where the copy can be asynchronous.
+    assert binaries["attention/64, causal"]["shared_bytes"] >= 3 * 64 * 64 * 2 * 2
+    assert binaries["gram_norm/bf16"]["shared_bytes"] >= 3 * 2 * 64 * 64 * 2
+    # bfloat16 is multiplied by the tensor cores of sm_90; float32 stays float32 and becomes no TF32.
+    for name in ("attention/64, causal", "gram_norm/bf16", "outer_norm/bf16"):
+        assert binaries[name]["wgmma"] > 0
+    assert binaries["gram_norm/fp32"]["wgmma"] == 0
+    # Words of noise stay in registers until the store, whose one conversion of layout takes 18 barriers.
+    counts = [count["barriers"] for name, count in binaries.items() if name.startswith("write_normals")]
+    assert len(counts) == 4
+    assert max(counts) <= 24
+    assert binaries["attention/64, causal"]["barriers"] <= 24
+
+
+def test_without_the_anchor_words_move_at_every_join(tmp_path):
+    (planted,) = compiled(tmp_path, "--without-anchor").values()
+    assert planted["barriers"] > 60
+
+
+def test_the_launchers_ask_for_the_same_kernel_whatever_the_key(tmp_path):
+    found = compiled(tmp_path, script=LAUNCHES)
+    # A variant for each key would be compiled in the middle of training, and its name would tell of the key.
+    assert found["noise"] == {"variants": 1, "types": ["u32", "u32", "u32", "u64"]}
+    assert found["attention"] == {"compiled": 2}
+
+
+@pytest.mark.slow
+def test_every_launch_compiles_at_the_edges_of_its_shapes(tmp_path):
+    found = compiled(tmp_path, "--all", script=LAUNCHES)
+    assert found["attention"] == {"compiled": 20}
+    assert found["gram_norm"] == found["outer_norm"] == {"compiled": 9}
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_and_those_for_bfloat16_spill_next_to_nothing(tmp_path):
+    counts = compiled(tmp_path, "--all")
+    assert len(counts) > 40
+    assert counts["attention/float32"]["wgmma"] == 0
+    assert max((count for name, count in spilled(counts).items() if "bfloat16" in name), default=0) <= 64
