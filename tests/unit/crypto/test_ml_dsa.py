@@ -1,5 +1,6 @@
 """ML-DSA against an independent implementation, in both directions."""
 
+import hashlib
 import sys
 
 import pytest
@@ -76,3 +77,12 @@ def test_a_cryptography_without_ml_dsa_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric.mldsa", None)
     with pytest.raises(DependencyMissingError, match=r"cryptography>=48"):
         ml_dsa_65.public_key(bytes(32))
+
+
+@pytest.mark.parametrize(("ours", "k", "rank"), [(ml_dsa_65, 6, 5), (ml_dsa_87, 8, 7)])
+def test_it_is_the_final_standard_and_not_its_draft(ours, k, rank):
+    # FIPS 204, algorithm 6, line 1: (ρ, ρ′, K) = H(ξ ‖ k ‖ l, 128). The draft of 2023 and Dilithium hash ξ alone.
+    seed = bytes(range(32))
+    rho = ours.public_key(seed)[:32]
+    assert rho == hashlib.shake_256(seed + bytes([k, rank])).digest(32)
+    assert rho != hashlib.shake_256(seed).digest(32)

@@ -104,3 +104,12 @@ def test_an_openssl_without_ml_kem_is_named(monkeypatch):
         ml_kem_768.public_key(bytes(64))
     with pytest.raises(DependencyMissingError, match=r"OpenSSL 3\.5"):
         ml_kem_768.encapsulate(bytes(ml_kem_768.public_key_bytes))
+
+
+@pytest.mark.parametrize(("ours", "rank"), [(ml_kem_768, 3), (ml_kem_1024, 4)])
+def test_it_is_the_final_standard_and_not_its_draft(ours, rank):
+    # FIPS 203, algorithm 13, line 1: (ρ, σ) = G(d ‖ k). The draft of 2023 and Kyber hash d alone.
+    seed = bytes(range(64))
+    rho = ours.public_key(seed)[-32:]
+    assert rho == hashlib.sha3_512(seed[:32] + bytes([rank])).digest()[:32]
+    assert rho != hashlib.sha3_512(seed[:32]).digest()[:32]
