@@ -98,8 +98,8 @@ class TableScan:
         self._allocate(max_tiles, len(hot_ends), len(ends))
 
     def _allocate(self, max_tiles: int, num_hot: int, num_rest: int) -> None:
-        self._scanned = np.empty((num_hot, TILE), dtype=np.bool_)
-        self._counts = np.empty(TILE, dtype=np.uint8)
+        self._scanned = np.empty(num_hot * max_tiles * TILE, dtype=np.bool_)
+        self._counts = np.empty(max_tiles * TILE, dtype=np.uint8)
         self._words = np.empty((max_tiles, TILE), dtype=np.uint16)
         self._late = np.empty((max_tiles, TILE), dtype=np.bool_)
         self._keys = np.empty(2 * TILE * max_tiles, dtype=np.uint8)
@@ -125,7 +125,7 @@ class TableScan:
         words, late = self._words[: len(tiles)], self._late[: len(tiles)]
         for tile, row in enumerate(tiles):
             np.copyto(words[tile], row[:_SIGN_START].view("<u2"))
-            self._scan(words[tile], self._values[tile * TILE : min((tile + 1) * TILE, num)])
+        self._scan(words.reshape(-1)[:num], self._values[:num])
         np.greater_equal(words, self._direct, out=late)
         served = self._fill_slots(words, late, tiles[:, _SLOT_START:])
         for tile in np.flatnonzero(np.count_nonzero(late, axis=1) > served).tolist():
@@ -138,8 +138,9 @@ class TableScan:
 
     def _scan(self, words: npt.NDArray[np.uint16], out: Magnitudes) -> None:
         """The magnitudes that hot words decide: how many thresholds each one reaches."""
-        scanned, counts = self._scanned[:, : len(out)], self._counts[: len(out)]
-        np.greater_equal(words[: len(out)], self._hot, out=scanned)
+        scanned = self._scanned[: len(self._hot) * len(out)].reshape(len(self._hot), len(out))
+        counts = self._counts[: len(out)]
+        np.greater_equal(words, self._hot, out=scanned)
         np.add.reduce(scanned.view(np.uint8), axis=0, dtype=np.uint8, out=counts)
         np.copyto(out, counts)
 
