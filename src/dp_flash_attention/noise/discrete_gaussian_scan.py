@@ -133,11 +133,13 @@ class TableScan:
         if np.count_nonzero(late) > served.sum():
             for tile in np.flatnonzero(np.count_nonzero(late, axis=1) > served).tolist():
                 self._overflow(tile, words[tile], late[tile], read_overflow(tile))
-        values, sign = self._values[:num], self._sign[:num]
+        values: Magnitudes = self._values[:num]
+        sign = self._sign[:num]
         bits = np.unpackbits(tiles[:, _SIGN_START:_SLOT_START].reshape(-1), bitorder="little", count=num)
         np.negative(bits.view(np.int8), out=sign, dtype=sign.dtype)
         np.bitwise_xor(values, sign, out=values)
-        return np.subtract(values, sign, out=values)
+        np.subtract(values, sign, out=values)
+        return values
 
     def _scan(self, words: npt.NDArray[np.uint16], out: Magnitudes) -> None:
         """The magnitudes that hot words decide: how many thresholds each one reaches."""
