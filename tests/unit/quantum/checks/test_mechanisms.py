@@ -25,9 +25,9 @@ def failing(check, *arguments):
 
 def test_every_check_holds_and_shows_something():
     results = list(run_checks(mechanisms.mechanisms_checks()))
-    assert len(results) == 9
+    assert len(results) == 10
     assert [row for result in results for row in result.rows if not row.holds] == []
-    assert sum(len(result.rows) for result in results) == 20
+    assert sum(len(result.rows) for result in results) == 22
 
 
 def test_an_accountant_that_undercharges_fails(monkeypatch):
@@ -56,6 +56,16 @@ def test_no_clip_fails(monkeypatch):
     assert failing(mechanisms.clipping_bounds_the_sum) == ["PostQuantumGaussian: clipping"]
 
 
+def test_a_table_of_the_wrong_side_fails(monkeypatch):
+    from fractions import Fraction
+
+    from dp_flash_attention.noise import wide_discrete_gaussian
+
+    # The two-sided table: zero half as likely as it has to be.
+    monkeypatch.setattr(wide_discrete_gaussian, "_one_sided", lambda table: (table, Fraction(0)))
+    assert "wide noise, σ = 64: distance" in failing(mechanisms.wide_law)
+
+
 @pytest.mark.parametrize("wrong", [0, 0.5, 0.9, 1.1])
 def test_noise_of_another_scale_fails(monkeypatch, wrong):
     draw = exact_noise.ExactNoise.draw
@@ -76,6 +86,11 @@ def without(label_index, monkeypatch):
         return original(key, *fields, domain=domain, num_bytes=num_bytes)
 
     monkeypatch.setattr(amplitude_estimation_resistant, "keyed_shake256", careless)
+
+
+@pytest.fixture(autouse=True)
+def _few_queries(monkeypatch):
+    monkeypatch.setattr(mechanisms, "_NUM_QUERIES", 10)
 
 
 def test_a_memo_key_reused_across_data_versions_fails(monkeypatch):
