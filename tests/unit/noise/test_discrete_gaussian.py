@@ -36,9 +36,9 @@ def test_numbers_follow_the_layout():
         for layer in range(3):
             part = 3 * tile + layer
             samples = TableScan(generator.tables[layer]).draw(
-                read(Domain.DISCRETE_GAUSSIAN, part, TILE_BYTES),
+                read(Domain.DISCRETE_GAUSSIAN, part, TILE_BYTES)[None],
                 TILE,
-                lambda part=part: read(Domain.DISCRETE_GAUSSIAN_OVERFLOW, part, OVERFLOW_BYTES),
+                lambda index, part=part: read(Domain.DISCRETE_GAUSSIAN_OVERFLOW, part, OVERFLOW_BYTES),
             )
             expected[tile * TILE : (tile + 1) * TILE] += 4**layer * samples.astype(np.int64)
     found = generator.fill_(torch.empty(2 * TILE, dtype=torch.int64), step=3, stream=5)
@@ -55,7 +55,7 @@ def test_overflow_bytes_are_reached_through_the_generator():
     found = generator.fill_(torch.empty(300 * TILE, dtype=torch.int64), step=0, stream=0).numpy()
     for tile in range(300):
 
-        def read_overflow(tile=tile):
+        def read_overflow(index, tile=tile):
             overflown.append(tile)
             return source.read(
                 OVERFLOW_BYTES,
@@ -70,7 +70,7 @@ def test_overflow_bytes_are_reached_through_the_generator():
             block=tile * TILE_BYTES // 16,
             buffer=new_buffer(TILE_BYTES),
         )
-        samples = scan.draw(words, TILE, read_overflow)
+        samples = scan.draw(words[None], TILE, read_overflow)
         assert np.array_equal(samples, found[tile * TILE : (tile + 1) * TILE])
     assert 0 < len(overflown) < 30
 
@@ -90,7 +90,9 @@ def test_sums_wider_than_32_bits_are_exact():
     expected = [0] * TILE
     for layer, table in enumerate(generator.tables):
         part = words[layer * TILE_BYTES : (layer + 1) * TILE_BYTES]
-        samples = TableScan(table).draw(part, TILE, lambda: pytest.fail("this tile overflows: take another"))
+        samples = TableScan(table).draw(
+            part[None], TILE, lambda index: pytest.fail("this tile overflows: take another")
+        )
         expected = [sum_ + k**layer * sample for sum_, sample in zip(expected, samples.tolist(), strict=True)]
     assert wide.tolist() == expected
     assert max(map(abs, expected)) > 2**40

@@ -55,7 +55,7 @@ def random_bytes(rng, num):
 
 
 def drawn(table, tile, overflow, num=TILE):
-    return TableScan(table).draw(tile, num, lambda: overflow).tolist()
+    return TableScan(table).draw(tile[None], num, lambda index: overflow).tolist()
 
 
 @pytest.mark.parametrize("variance", [Fraction(1, 64), Fraction(1, 3), 1, 16, Fraction(579, 8), 576, 3000])
@@ -83,10 +83,10 @@ def test_overflow_is_read_in_that_event_only(rng):
     tile = random_bytes(rng, TILE_BYTES)
     tile[: 2 * TILE].view("<u2")[:] = 0
 
-    def forbidden():
+    def forbidden(index):
         raise AssertionError("overflow was read")
 
-    assert set(TableScan(TABLE).draw(tile, TILE, forbidden).tolist()) == {0}
+    assert set(TableScan(TABLE).draw(tile[None], TILE, forbidden).tolist()) == {0}
 
 
 def test_a_slot_that_its_first_32_bits_do_not_decide_is_searched_in_full(rng):
@@ -101,6 +101,18 @@ def test_a_slot_that_its_first_32_bits_do_not_decide_is_searched_in_full(rng):
             v = word % 2**112
             slots[77 % 64] = (v % 2**64, (v >> 64) << 16)
             assert abs(drawn(TABLE, tile, overflow)[77]) == find(REST, word)
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2, 5])
+def test_tiles_drawn_together_are_the_same(rng, num_tiles):
+    """Overflow and ties of the first 32 bits in one tile leave the others alone."""
+    tiles = random_bytes(rng, num_tiles * TILE_BYTES).reshape(num_tiles, TILE_BYTES)
+    overflow = random_bytes(rng, num_tiles * OVERFLOW_BYTES).reshape(num_tiles, OVERFLOW_BYTES)
+    tiles[-1, : 2 * TILE].view("<u2")[[7, 71, 135]] = 65535
+    scan, num = TableScan(TABLE, 5), num_tiles * TILE - 100
+    found = scan.draw(tiles, num, lambda index: overflow[index]).tolist()
+    expected = [sample for t in range(num_tiles) for sample in reference(TABLE, tiles[t], overflow[t])[0]]
+    assert found == expected[:num]
 
 
 @pytest.mark.parametrize("num", [1, 63, 64, 65, 4097, TILE - 1])

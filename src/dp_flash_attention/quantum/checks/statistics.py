@@ -29,6 +29,7 @@ ALARM: Final = 1e-7
 _NUM: Final = 10_000_000
 _DEEP_NUM: Final = 100_000_000
 _PART: Final = 10_000_000
+_DIEHARDER_PARTS: Final = 256
 _NORMAL_CELLS: Final = 1000
 # 68 of 10^7 lie beyond: enough to reject a tail cut off there.
 _TAIL: Final = 4.5
@@ -160,9 +161,10 @@ def dieharder() -> Iterator[Evidence]:
     """Yields dieharder's verdicts on a stream of AES-256-CTR, quick tests only."""
     source = CipherKeystream(SecretKey.from_os(), "aes-256-ctr").at(step=0, stream=0)
     size = 1 << 20
+    # 256 MiB: less makes dieharder read the same words again.
     words = b"".join(
         source.read(size, domain=Domain.BITS, block=part * size // 16, buffer=new_buffer(size)).tobytes()
-        for part in range(256)
+        for part in range(_DIEHARDER_PARTS)
     )
     for test in ("0", "2", "8", "15", "100", "101"):
         done = subprocess.run(

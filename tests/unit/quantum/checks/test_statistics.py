@@ -125,11 +125,17 @@ def test_the_subject_lists_what_it_checks(monkeypatch):
     assert all(result.holds for result in run_checks(statistics.statistics_checks()))
 
 
-def test_dieharder_is_run_where_it_is(monkeypatch, tmp_path):
-    """A stand-in for the program, because it is rarely installed: what counts is its last line's verdict."""
+@pytest.mark.parametrize(
+    ("verdict", "holds"), [("PASSED", True), ("WEAK", True), ("FAILED", False), ("", False)]
+)
+def test_dieharders_verdict_decides(monkeypatch, tmp_path, verdict, holds):
+    """A stand-in for the program, because it is rarely installed: what counts is its last line."""
     program = tmp_path / "dieharder"
-    program.write_text("#!/bin/sh\nhead -c 100 >/dev/null\necho 'test,0,100,0.5,PASSED'\n")
+    program.write_text(f"#!/bin/sh\ncat >/dev/null\necho 'diehard_birthdays,0,100,100,0.5,{verdict}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    names = [name for name, _ in statistics.statistics_checks(deep=True)]
-    assert "dieharder on AES-256-CTR" in names
+    monkeypatch.setattr(statistics, "_DIEHARDER_PARTS", 1)
+    checks = dict(statistics.statistics_checks(deep=True))
+    rows = list(checks["dieharder on AES-256-CTR"]())
+    assert len(rows) == 6
+    assert all(row.holds == holds for row in rows)
