@@ -32,8 +32,9 @@ docs: .venv/.dev ## build the pages into site/; a broken link is an error
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/.dev ## run every benchmark and keep its measurements
-	@for file in benchmarks/[a-z]*.py; do \
-		echo "$$file"; $(BIN)/python "$$file" --json > "benchmarks/results/$$(basename "$$file" .py).json" || exit 1; \
+	@device=$$($(BIN)/python benchmarks/_harness.py) || exit 1; for file in benchmarks/[a-z]*.py; do \
+		echo "$$file"; result="benchmarks/results/$$(basename "$$file" .py)-$$device.json"; \
+		$(BIN)/python "$$file" --json > "$$result.part" && mv "$$result.part" "$$result" || exit 1; \
 	done
 
 setup: .venv/.dev ## install everything and run nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -167,3 +168,13 @@ def emit(report: Report, *, as_json: bool) -> None:
     for bar in report.bars:
         verdict = "holds" if bar.holds else "DOES NOT HOLD"
         console.print(f"{bar.name}: {bar.value:.4g} (bound {bar.bound:g}): {verdict}")
+
+
+def device_slug() -> str:
+    """Returns the device's name as a part of a file's name: ``amd-epyc-2-cores``."""
+    name = re.sub(r",? *\d+ threads$", "", device_name())
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    print(device_slug())  # for the Makefile, which names results by it

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from _harness import Bar, Report, Row, emit, run_interleaved
 from dp_flash_attention.clipping import ClippedGradientAccumulator
 from dp_flash_attention.noise import SecretKey, make_generator
 from dp_flash_attention.training.losses import language_model_loss
+from dp_flash_attention.training.memory import keep_freed_memory
 from dp_flash_attention.training.models import TextTransformer, TextTransformerConfig
 
 CLIP_NORM, NOISE_MULTIPLIER = 1.0, 1.0
@@ -168,11 +168,17 @@ def _measure_peak(mode: str, shape: Shape, tied: bool, sender: Any) -> None:
     # A tiny model first, so that libraries and thread pools are not counted as the step's memory.
     warm = Shape(vocab_size=16, seq_len=8, d_model=16, num_heads=2, num_layers=1, batch_size=2)
     MODES[mode](warm, tied=tied)()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_resident_bytes()
     step = MODES[mode](shape, tied=tied)
     for _ in range(3):
         step()
-    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    sender.send(_peak_resident_bytes() - before)
+
+
+def _peak_resident_bytes() -> int:
+    # Not getrusage: Linux hands a parent's peak down to its children there, through fork and exec.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def measure(shape: Shape, *, tied: bool, repeats: int, modes: list[str]) -> tuple[list[Row], list[Bar]]:
@@ -242,6 +248,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", default=[0, 1], help="which of the two shapes")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # Opacus warns about its own hooks
+    keep_freed_memory()  # as dpfa train does; it helps every mode
     modes = [mode for mode in MODES if not (options.tied and mode in OPACUS)]
     rows: list[Row] = []
     bars: list[Bar] = []

@@ -83,28 +83,27 @@ def report(measured: Mapping[float, Scores]) -> Report:
 
 
 def plot(measured: Mapping[float, Scores], path: Path) -> None:
-    """Draws AUC against ε."""
+    """Draws how much AUC privacy costs. Each run has a hold-out of its own, so a model is compared with its twin."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.subplots()
     epsilons = sorted(measured)
-    medians = [statistics.median(own for own, _ in measured[epsilon]) for epsilon in epsilons]
+    gaps = [[other - own for own, other in measured[epsilon]] for epsilon in epsilons]
+    axes.plot(epsilons, [statistics.median(each) for each in gaps], color="#0b6bcb", lw=2, marker="o")
+    for epsilon, each in zip(epsilons, gaps, strict=True):
+        axes.plot([epsilon] * len(each), each, ".", color="#0b6bcb", alpha=0.5)
+    axes.axhline(ACCEPTED_GAP, color="#888", lw=1, ls="--")
+    axes.text(epsilons[-1], ACCEPTED_GAP, "aim at ε = 1", ha="right", va="bottom", color="#666", fontsize=9)
     twins = [other for pairs in measured.values() for _, other in pairs]
-    axes.axhspan(
-        min(twins), max(twins), color="#d9730d", alpha=0.25, lw=0, label="the same model without privacy"
-    )
-    axes.plot(epsilons, medians, color="#0b6bcb", lw=2, marker="o", label="private, with its certificate")
-    for epsilon in epsilons:
-        own = [pair[0] for pair in measured[epsilon]]
-        axes.plot([epsilon] * len(own), own, ".", color="#0b6bcb", alpha=0.5)
     axes.set_xscale("log", base=2)
     axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
-    axes.set(xlabel="ε of the whole run (δ = 1e-6)", ylabel="AUC on the hold-out")
-    axes.set_title("Late arrivals among the flights of 2013: what privacy costs", loc="left", fontsize=11)
+    axes.set_ylim(bottom=0.0)
+    axes.set(xlabel="ε of the whole run (δ = 1e-6)", ylabel="AUC below the same model\nwithout privacy")
+    title = f"Late arrivals of 336,776 flights: what privacy costs (AUC without it: {statistics.median(twins):.3f})"
+    axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, facecolor="white")
 
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epsilons", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--steps", type=int, default=None, help="instead of the default's 200 or so")
-    parser.add_argument("--plot", type=Path, default=None, help="where to draw AUC against ε")
+    parser.add_argument("--plot", type=Path, default=None, help="where to draw what privacy costs")
     options = parser.parse_args(arguments)
     task = flights_task()
     with Progress(console=Console(stderr=True)) as progress:

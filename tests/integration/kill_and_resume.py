@@ -1,30 +1,40 @@
-"""Trains a small model in forked children, kills them, and resumes; prints what happened as JSON.
+"""Trains a small model in forked children, kills them at chosen places, and resumes; prints what happened as JSON.
 
 A program of its own, because it forks: the parent imports everything and makes the plan, children train.
-Started by ``test_kill_and_resume.py``.
+A child counts its durable writes and names the places that it passes, and kills itself at the one it was
+told, so every death but the last few is the same on any machine. Started by ``test_kill_and_resume.py``.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch  # noqa: F401 - imported by every child otherwise
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import ExecutionConfig, PrivacyPlan, PrivateTrainer
 from dp_flash_attention.training import session as session_module
 
-NUM_STEPS, NUM_RECORDS = 12, 200
+NUM_STEPS, NUM_RECORDS = 9, 200
+CHECKPOINT_EVERY = 3
+# Between a step's noise and the checkpoint that holds it: after the first and the last parameter's noise,
+# and after the step itself. Step 4 has no checkpoint of its own, step 5 is followed by one.
+PLACES = tuple(f"{place} of step {step}" for step in (4, 5) for place in ("noise 0", "noise 2", "end"))
 ADD_NOISE = session_module._add_noise
+APPLY = session_module.PrivateSession.apply
 FSYNC = os.fsync
 
 
@@ -57,26 +67,41 @@ def loss_fn(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(ids).mT, ids.roll(1, 1), reduction="none").mean(1)
 
 
-def train(out: Path, journal: Path, plan: PrivacyPlan, *, resume: bool, die_at_sync: int | None) -> None:
-    """Runs in a child; ``die_at_sync`` kills it just before its n-th durable write."""
-    syncs = 0
+def train(out: Path, journal: Path, plan: PrivacyPlan, *, resume: bool, death: str | None) -> int:
+    """Runs in a child, which kills itself at ``death``, a write ("write 3") or one of ``PLACES``.
+
+    Returns:
+        How many durable writes there were.
+    """
+    writes = 0
+
+    def at(place: str) -> None:
+        if place == death:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def journalling(generator: Any, total: Tensor, *, stddev: float, step: int, stream: int) -> Tensor:
         digest = hashlib.sha256(total.contiguous().numpy().tobytes()).hexdigest()
         with journal.open("a") as file:
             file.write(json.dumps([step, stream, digest]) + "\n")
-        return ADD_NOISE(generator, total, stddev=stddev, step=step, stream=stream)
+        noisy = ADD_NOISE(generator, total, stddev=stddev, step=step, stream=stream)
+        at(f"noise {stream} of step {step}")
+        return noisy
 
     def counting(descriptor: int) -> None:
-        nonlocal syncs
-        syncs += 1
-        if syncs == die_at_sync:
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal writes
+        writes += 1
+        at(f"write {writes}")  # just before it is durable
         FSYNC(descriptor)
 
+    def counted_end(session: Any, step: Any) -> None:
+        APPLY(session, step)
+        at(f"end of step {step.index}")
+
     session_module._add_noise = journalling
+    session_module.PrivateSession.apply = counted_end  # type: ignore[method-assign]
     os.fsync = counting
-    torch.manual_seed(0 if not resume else random.SystemRandom().randrange(2**31))
+    # Once a run has begun, its first checkpoint decides where it starts, whatever the new process drew.
+    torch.manual_seed(random.SystemRandom().randrange(2**31) if has_begun(out) else 0)
     model = Model()
     PrivateTrainer(
         model,
@@ -84,65 +109,85 @@ def train(out: Path, journal: Path, plan: PrivacyPlan, *, resume: bool, die_at_s
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
         loss_fn=loss_fn,
         out_dir=out,
-        execution=ExecutionConfig(microbatch_size=16, checkpoint_every=3),
+        execution=ExecutionConfig(microbatch_size=32, checkpoint_every=CHECKPOINT_EVERY),
         lr_schedule=lambda step: 1.0 / (1 + step),
         ema_decay=0.9,
-        on_step=lambda report: time.sleep(0.01),
         test_key=TestKey("kill"),
     ).fit(Records(), resume=resume)
+    return writes
+
+
+def has_begun(out: Path) -> bool:
+    record = out / "run.json"
+    return record.exists() and json.loads(record.read_text())["status"] != "preparing"
 
 
 def in_child(
-    out: Path, journal: Path, plan: PrivacyPlan, *, die_at_sync: int | None, die_after_s: float | None
+    out: Path, plan: PrivacyPlan, *, death: str | None = None, die_after_s: float | None = None
 ) -> str:
+    """Starts or resumes the run in ``out``; returns "killed", "failed" or "done after n writes"."""
     # A directory with a lock holds the beginnings of a run; without, there is nothing to resume.
     resume = (out / ".lock").exists()
     if not resume and out.exists():
         out.rmdir()
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            train(out, journal, plan, resume=resume, die_at_sync=die_at_sync)
+            writes = train(out, out.with_suffix(".journal"), plan, resume=resume, death=death)
+            os.write(writer, str(writes).encode())
             code = 0
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
         finally:
             os._exit(code)
+    os.close(writer)
     if die_after_s is not None:
         time.sleep(die_after_s)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    with os.fdopen(reader) as file:
+        writes_text = file.read()
     if os.WIFSIGNALED(status):
         return "killed"
-    return "done" if os.WEXITSTATUS(status) == 0 else "failed"
+    return f"done after {writes_text} writes" if os.WEXITSTATUS(status) == 0 else "failed"
 
 
 def digest_of(out: Path) -> str:
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
-def run(out: Path, plan: PrivacyPlan, deaths: list[tuple[int | None, float | None]]) -> dict[str, Any]:
-    """Kills a run once for each entry of ``deaths``, then lets it finish."""
-    journal = out.with_suffix(".journal")
-    endings = []
-    for die_at_sync, die_after_s in [*deaths, (None, None)]:
-        endings.append(in_child(out, journal, plan, die_at_sync=die_at_sync, die_after_s=die_after_s))
-        if endings[-1] == "failed":
-            break
+def result_of(out: Path, endings: list[str]) -> dict[str, Any]:
     inputs: dict[tuple[int, int], set[str]] = {}
-    for line in journal.read_text().splitlines():
-        step, stream, digest = json.loads(line)
+    lines = out.with_suffix(".journal").read_text().splitlines()
+    for step, stream, digest in map(json.loads, lines):
         inputs.setdefault((step, stream), set()).add(digest)
     return {
         "endings": endings,
-        "model": digest_of(out) if endings[-1] == "done" else None,
+        "model": digest_of(out) if endings[-1].startswith("done") else None,
         "positions": len(inputs),
         "reused": sum(len(digests) > 1 for digests in inputs.values()),
-        "draws": len(journal.read_text().splitlines()),
+        "draws": len(lines),
         "secrets_left": (out / ".secrets").exists(),
         "temporaries": [path.name for path in out.rglob(".tmp-*")],
     }
+
+
+def copied(source: Path, target: Path) -> Path:
+    """Copies a dead run with its journal, so that it can die in many ways from there."""
+    shutil.copytree(source, target)
+    shutil.copy(source.with_suffix(".journal"), target.with_suffix(".journal"))
+    return target
+
+
+def die_at(out: Path, plan: PrivacyPlan, death: str) -> dict[str, Any]:
+    """Kills a run, new or dead, once at ``death`` and then lets it finish."""
+    return result_of(out, [in_child(out, plan, death=death), in_child(out, plan)])
+
+
+def num_writes(ending: str) -> int:
+    return int(ending.split()[2])
 
 
 def main() -> None:
@@ -159,19 +204,31 @@ def main() -> None:
         accountant="rdp",
     )
     plan.epsilon_schedule()
-    chance = random.Random(seed)
+    gc.freeze()  # children would copy the pages that a collection writes to
     began_s = time.monotonic()
-    runs = {"unbroken": run(directory / "unbroken", plan, [])}
+    ending = in_child(directory / "unbroken", plan)
     duration_s = time.monotonic() - began_s
-    # Every durable write of a fresh start, one death each, and then deaths of resumed processes at theirs.
-    for start in (1, 12, 23):
-        runs[f"writes from {start}"] = run(
-            directory / f"sync-{start}", plan, [(n, None) for n in range(start, start + 11)]
-        )
-    runs["any moment"] = run(
-        directory / "random", plan, [(None, chance.uniform(0.05, 0.7) * duration_s) for _ in range(8)]
-    )
-    print(json.dumps(runs))
+    unbroken = result_of(directory / "unbroken", [ending])
+    fresh = {
+        f"write {n}": die_at(directory / f"fresh-{n}", plan, f"write {n}")
+        for n in range(1, num_writes(ending) + 1)
+    }
+    places = {place: die_at(directory / place.replace(" ", "-"), plan, place) for place in PLACES}
+    # What a process does that takes over a run whose noise was drawn and not kept.
+    dead = directory / "dead"
+    assert in_child(dead, plan, death=PLACES[-1]) == "killed"
+    ending = in_child(copied(dead, directory / "resumed"), plan)
+    resumed = {
+        f"write {n}": die_at(copied(dead, directory / f"resumed-{n}"), plan, f"write {n}")
+        for n in range(1, num_writes(ending) + 1)
+    }
+    chance = random.Random(seed)
+    moments = [chance.uniform(0.1, 0.9) * duration_s for _ in range(5)]
+    endings = [in_child(directory / "random", plan, die_after_s=moment) for moment in moments]
+    endings.append(in_child(directory / "random", plan))
+    random_moments = {"any": result_of(directory / "random", endings)}
+    groups = {"fresh": fresh, "places": places, "resumed": resumed, "random": random_moments}
+    print(json.dumps({"unbroken": unbroken, **groups}))
 
 
 if __name__ == "__main__":

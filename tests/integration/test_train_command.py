@@ -77,7 +77,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small_table, tmp_path):
         "--data", small_table(), "--label", "kind", "--out", out, "--dataset-size", 300,
         "--steps", 2000, "--expected-batch-size", 64,
     )  # fmt: skip
-    wait_for(lambda: list((out / "checkpoints").glob("step-*")), process)
+    # The first checkpoint comes before the first step; a line of diagnostics comes after it.
+    steps = out / "diagnostics" / "steps.jsonl"
+    wait_for(lambda: steps.exists() and steps.read_text().count("\n") > 1, process)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130

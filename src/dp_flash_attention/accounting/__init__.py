@@ -12,6 +12,13 @@ from dp_flash_attention.accounting.calibration import (
     max_sampling_prob,
     max_steps,
 )
+from dp_flash_attention.accounting.discrete_gaussian import (
+    concentrated_delta,
+    discrete_gaussian_delta,
+    discrete_gaussian_epsilon,
+    discrete_gaussian_rho,
+    discrete_gaussian_sigma,
+)
 from dp_flash_attention.accounting.events import (
     GaussianRelease,
     PoissonSampledGaussian,
@@ -27,6 +34,12 @@ from dp_flash_attention.accounting.pure import (
     discrete_laplace_scale,
     split_budget,
 )
+from dp_flash_attention.accounting.skellam import skellam_epsilon, skellam_rdp, skellam_variance
+from dp_flash_attention.accounting.summed_gaussian import (
+    summed_discrete_gaussian_delta,
+    summed_discrete_gaussian_rho,
+    summed_discrete_gaussian_tau,
+)
 
 __all__ = [
     "Accountant",
@@ -40,7 +53,12 @@ __all__ = [
     "basic_composition",
     "calibrate_noise_multiplier",
     "compose_gdp",
+    "concentrated_delta",
     "delta",
+    "discrete_gaussian_delta",
+    "discrete_gaussian_epsilon",
+    "discrete_gaussian_rho",
+    "discrete_gaussian_sigma",
     "discrete_laplace_epsilon",
     "discrete_laplace_scale",
     "epsilon",
@@ -50,5 +68,11 @@ __all__ = [
     "gdp_mu",
     "max_sampling_prob",
     "max_steps",
+    "skellam_epsilon",
+    "skellam_rdp",
+    "skellam_variance",
     "split_budget",
+    "summed_discrete_gaussian_delta",
+    "summed_discrete_gaussian_rho",
+    "summed_discrete_gaussian_tau",
 ]

@@ -16,7 +16,9 @@ from typing import Annotated
 import typer
 
 from dp_flash_attention.cli.account import account
+from dp_flash_attention.cli.certificate import certificate
 from dp_flash_attention.cli.train import train
+from dp_flash_attention.cli.verify import verify
 from dp_flash_attention.core.errors import DPFlashAttentionError
 
 USAGE_ERROR = 2
@@ -33,6 +35,8 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("account")(account)
+app.add_typer(certificate, name="certificate")
+app.command("verify")(verify)
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,8 +61,8 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``dpfa`` and ends the process.
 
-    Exit codes: 0 done; 2 the input, the disk or the directory does not allow it; 70 a bug of ours;
-    130 interrupted. Every failure is one line on standard error.
+    Exit codes: 0 done; 1 a check of ``dpfa verify`` fails; 2 the input, the disk or the directory does not
+    allow it; 70 a bug of ours; 130 interrupted. Every failure is one line on standard error.
 
     Args:
         arguments: What follows ``dpfa`` on the command line; taken from ``sys.argv`` if None.

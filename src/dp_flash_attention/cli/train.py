@@ -169,8 +169,10 @@ def _carry_out(
 ) -> int:
     """Returns the exit code."""
     from dp_flash_attention.report.run_files import write_reports
+    from dp_flash_attention.training.memory import keep_freed_memory
     from dp_flash_attention.training.pipeline import run_private_training
 
+    keep_freed_memory()
     with console.status("Reading the data"):
         task = _task(source)
     directory = _next_free_directory(task) if out is None else out

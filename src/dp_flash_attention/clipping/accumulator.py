@@ -20,8 +20,14 @@ from torch import Tensor, nn
 
 from dp_flash_attention.clipping.clip import flat_clip_factors
 from dp_flash_attention.clipping.contributions import Contribution, combined_sq_norms
-from dp_flash_attention.clipping.coverage import Recorded, plan_recording
+from dp_flash_attention.clipping.coverage import (
+    Recorded,
+    modules_with_batch_statistics,
+    plan_recording,
+    refuse_batch_statistics,
+)
 from dp_flash_attention.clipping.norms import accumulation_dtype
+from dp_flash_attention.clipping.precision import full_precision
 from dp_flash_attention.clipping.tape import Tape
 from dp_flash_attention.core.errors import (
     ExampleCouplingError,
@@ -82,6 +88,8 @@ class ClippedGradientAccumulator:
         self._layouts: dict[str, bool] = {}
         self._sums: dict[str, Tensor] = {}
         self._recording = False
+        self._partly_added = False
+        self._statistics = modules_with_batch_statistics(model)
 
     @property
     def sensitivity(self) -> Sensitivity:
@@ -90,7 +98,12 @@ class ClippedGradientAccumulator:
 
     @property
     def sums(self) -> dict[str, Tensor]:
-        """The clipped sums since the last reset, by parameter name; float32 or better."""
+        """The clipped sums since the last reset, by parameter name; float32 or better.
+
+        Raises:
+            RunStateError: If an ``add`` broke off while it was adding.
+        """
+        self._check_whole()
         for name in self._parameters.keys() - self._sums.keys():
             self._sums[name] = self._empty(name).zero_()
         return {name: self._sums[name] for name in self._parameters}
@@ -103,6 +116,7 @@ class ClippedGradientAccumulator:
     def reset(self) -> None:
         """Sets the sums to zero."""
         self._sums.clear()
+        self._partly_added = False
 
     def add(
         self, loss_fn: Callable[[], Tensor], *, batch_size: int, weights: Tensor | None = None
@@ -122,15 +136,19 @@ class ClippedGradientAccumulator:
             ExampleCouplingError: If the losses do not have shape [B], or rows cannot be credited.
             MissingRuleError: If a parameter saw no gradient, or was used outside its module's rule.
             InvalidInputError: If a weight is neither 0 nor 1.
+            RunStateError: If an earlier ``add`` broke off while it was adding; only ``reset`` helps.
         """
+        self._check_whole()
         tape, losses = self.record(loss_fn, batch_size=batch_size)
         return self._add_clipped(tape, losses, self._checked_weights(weights, batch_size, losses))
 
     def _add_clipped(self, tape: Tape, losses: Tensor, weights_B: Tensor) -> MicrobatchNorms:
-        with _full_precision(losses.device):
+        with full_precision(losses.device):
             sq_norms_B = self.sq_norms_of(tape)
             clip = flat_clip_factors(sq_norms_B, l2_clip_norm=self._l2_clip_norm, weights_B=weights_B)
             drop = bool(clip.not_finite_B.any())
+            # Adding it again after running out of memory here would count an example twice.
+            self._partly_added = True
             for name in self._parameters:
                 fresh = name not in self._sums
                 out = self._sums[name] = self._empty(name) if fresh else self._sums[name]
@@ -142,6 +160,7 @@ class ClippedGradientAccumulator:
                         contribution = contribution.without(clip.not_finite_B)
                     contribution.add_weighted_sum(clip.factors_B, out, fresh=fresh)
                     fresh = False
+            self._partly_added = False
         return MicrobatchNorms(norms=sq_norms_B.sqrt(), losses=losses)
 
     def record(
@@ -156,6 +175,7 @@ class ClippedGradientAccumulator:
             MissingRuleError: As ``add``.
         """
         batch_size = positive_int("batch_size", batch_size, remedy="Pass the microbatch's number of rows.")
+        refuse_batch_statistics(self._statistics)
         tape = Tape(batch_size=batch_size, layouts=self._layouts, probing=probing)
         with self._patched(tape), torch.enable_grad():
             losses = loss_fn()
@@ -166,10 +186,21 @@ class ClippedGradientAccumulator:
 
     def sq_norms_of(self, tape: Tape) -> Tensor:
         """Returns each example's squared gradient norm over all parameters, shape [B]."""
+        return torch.stack(list(self.sq_norms_by_parameter(tape).values())).sum(0)
+
+    def sq_norms_by_parameter(self, tape: Tape) -> dict[str, Tensor]:
+        """Returns each example's squared gradient norm of each parameter, shape [B] each."""
         device = next(iter(self._parameters.values())).device
-        with _full_precision(device):
-            parts = [combined_sq_norms(tape.contributions[name]) for name in self._parameters]
-            return torch.stack(parts).sum(0)
+        with full_precision(device):
+            return {name: combined_sq_norms(tape.contributions[name]) for name in self._parameters}
+
+    def _check_whole(self) -> None:
+        if self._partly_added:
+            raise RunStateError(
+                "an earlier add() broke off while it was adding, so the sums hold a part of a microbatch and adding it "
+                "again would count an example twice. Call reset() and begin the step anew (in a session: ask steps() "
+                "again)."
+            )
 
     def _empty(self, name: str) -> Tensor:
         """Returns uninitialised, row-major memory for a sum; the first contribution overwrites it."""
@@ -193,6 +224,13 @@ class ClippedGradientAccumulator:
         """Replaces the forwards for the duration of one microbatch."""
         if self._recording:
             raise RunStateError("A microbatch is already being recorded; call add() outside of loss_fn.")
+        for item in self._recorded:
+            if "forward" in item.module.__dict__:
+                raise MissingRuleError(
+                    f"the forward of module {item.name!r} ({type(item.module).__name__}) was replaced on the object, by a "
+                    f"hook or a patched kernel, and its rule knows the class's own only. Remove the replacement before "
+                    f"making the model private."
+                )
         before = {name: p.grad for name, p in self._parameters.items()}
         self._recording = True
         try:
@@ -224,13 +262,6 @@ class ClippedGradientAccumulator:
                 f"{_listed(unseen)} is trainable but saw no gradient in this microbatch. Freeze it with "
                 f"requires_grad_(False) before making the model private, or use it in the loss."
             )
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Norms and sums: outside the caller's autocast, and off the forward pass's graph."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _check_losses(losses: object, batch_size: int) -> None:

@@ -38,8 +38,9 @@ def flat_clip_factors(sq_norms_B: Tensor, *, l2_clip_norm: float, weights_B: Ten
 
     Guarantees: each factor depends on its own example alone, and ``factor · norm ≤ C``.
     """
-    not_finite_B = ~torch.isfinite(sq_norms_B)
     norms_B = sq_norms_B.sqrt()
+    # A square below zero, which no rule should return, has no norm either.
+    not_finite_B = ~torch.isfinite(norms_B)
     # norm 0 gives C / 0 = inf, which the minimum turns into 1.
     factors_B = (l2_clip_norm / norms_B).clamp(max=1.0)
     factors_B = torch.where(not_finite_B, torch.zeros_like(factors_B), factors_B) * weights_B.to(norms_B)

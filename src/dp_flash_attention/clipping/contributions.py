@@ -19,16 +19,28 @@ from torch import Tensor
 from dp_flash_attention.clipping.norms import (
     SCRATCH_BYTES,
     accumulation_dtype,
+    cancelled_examples,
     gram_cross,
     linear_sq_norms,
+    row_mass,
 )
+from dp_flash_attention.clipping.precision import full_precision
 
 
 class Contribution(Protocol):
     """One use's part of each example's gradient of one parameter."""
 
+    @property
+    def num_rows(self) -> int:
+        """T, the rows that add up to an example's gradient."""
+        ...
+
     def sq_norms(self) -> Tensor:
         """Returns the squared norm for each example, shape [B], float32 or better."""
+        ...
+
+    def mass(self) -> Tensor:
+        """Returns the sum of the norms of each example's rows, at least the norm, shape [B]."""
         ...
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
@@ -71,9 +83,18 @@ class LinearContribution:
     weight_shape: torch.Size
     input_first: bool = False
 
+    @property
+    def num_rows(self) -> int:
+        """T, the rows that add up to an example's gradient."""
+        return self.x_BTD.shape[1]
+
     def sq_norms(self) -> Tensor:
         """Returns each example's squared gradient norm, shape [B], float32 or wider."""
         return linear_sq_norms(self.x_BTD, self.g_BTP)
+
+    def mass(self) -> Tensor:
+        """Returns ``Σ_t ‖x_t‖‖g_t‖`` for each example, shape [B]."""
+        return row_mass(self.x_BTD, self.g_BTP)
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
         """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""
@@ -127,6 +148,28 @@ class LinearContribution:
             yield start, min(size, start + chunk)
 
 
+def linear_contribution(
+    *, x_BTD: Tensor, g_BTP: Tensor, weight_shape: torch.Size, input_first: bool = False
+) -> LinearContribution | DenseContribution:
+    """Returns whichever record of a linear map's weight is smaller.
+
+    Where an example's gradient holds no more than its inputs and output gradients, D·P ≤ T·(D + P) in one
+    precision, it is formed at once. The outer form would form it for the norm and the weighted gradient once
+    more; formed once, both are one pass over it: at (B, T, D, P) = (8, 512, 256, 1024) 26 ms instead of 50
+    (one core of an AMD EPYC). Arguments are those of ``LinearContribution``.
+    """
+    record = LinearContribution(x_BTD=x_BTD, g_BTP=g_BTP, weight_shape=weight_shape, input_first=input_first)
+    num_inputs, num_outputs = x_BTD.shape[2], g_BTP.shape[2]
+    gradient_bytes = num_inputs * num_outputs * accumulation_dtype(x_BTD, g_BTP).itemsize
+    recorded_bytes = x_BTD.shape[1] * (num_inputs * x_BTD.itemsize + num_outputs * g_BTP.itemsize)
+    if gradient_bytes > recorded_bytes:
+        return record
+    # This runs during the backward pass, where the caller's autocast may still be on.
+    with full_precision(x_BTD.device):
+        parts = [record.dense(start, stop) for start, stop in record._row_chunks()]
+        return DenseContribution(grads_B=torch.cat(parts) if len(parts) != 1 else parts[0])
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingContribution:
     """An embedding table: row ``ids[t]`` receives ``g[t]``; repeated ids add up.
@@ -142,6 +185,11 @@ class EmbeddingContribution:
     g_BTD: Tensor
     weight_shape: torch.Size
 
+    @property
+    def num_rows(self) -> int:
+        """T, the rows that add up to an example's gradient."""
+        return self.ids_BT.shape[1]
+
     def sq_norms(self) -> Tensor:
         """Returns each example's squared gradient norm, shape [B], float32 or wider."""
         dtype = accumulation_dtype(self.g_BTD)
@@ -156,6 +204,13 @@ class EmbeddingContribution:
         rows.index_add_(0, slots.view(-1), self.g_BTD.reshape(-1, self.g_BTD.shape[2]).to(dtype))
         example_of_row = keys.div(self.weight_shape[0], rounding_mode="floor")
         return sq_norms_B.index_add_(0, example_of_row, torch.linalg.vecdot(rows, rows))
+
+    def mass(self) -> Tensor:
+        """Returns ``Σ_t ‖g_t‖`` for each example, shape [B]."""
+        row_norms_BT: Tensor = torch.linalg.vector_norm(
+            self.g_BTD, dim=2, dtype=accumulation_dtype(self.g_BTD)
+        )
+        return row_norms_BT.sum(1)
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
         """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""
@@ -190,11 +245,20 @@ class DenseContribution:
 
     grads_B: Tensor
 
+    @property
+    def num_rows(self) -> int:
+        """T, the rows that add up to an example's gradient."""
+        return 1
+
     def sq_norms(self) -> Tensor:
         """Returns each example's squared gradient norm, shape [B], float32 or wider."""
         flat = self.grads_B.flatten(1).to(accumulation_dtype(self.grads_B))
         sq_norms_B: Tensor = torch.linalg.vecdot(flat, flat)
         return sq_norms_B
+
+    def mass(self) -> Tensor:
+        """Returns the norm for each example, shape [B]: the gradient is one row."""
+        return self.sq_norms().sqrt()
 
     def add_weighted_sum(self, factors_B: Tensor, out: Tensor, *, fresh: bool) -> None:
         """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""
@@ -214,7 +278,8 @@ def combined_sq_norms(contributions: Sequence[Contribution]) -> Tensor:
     """Returns each example's squared norm of the *sum* of a parameter's contributions, shape [B].
 
     ``‖Σ_k a_k‖² = Σ_k ‖a_k‖² + 2 Σ_{k<l} ⟨a_k, a_l⟩``. Kinds that have a cheap inner product use
-    it; for the others the per-example gradients are formed a few examples at a time.
+    it; for the others the per-example gradients are formed one example at a time, and so they are for
+    examples whose uses cancel.
     """
     if len(contributions) == 1:
         return contributions[0].sq_norms()
@@ -225,8 +290,11 @@ def combined_sq_norms(contributions: Sequence[Contribution]) -> Tensor:
             total = total + second.sq_norms()
         for first in merged[:k]:
             total = total + 2.0 * _inner_products(first, second)
-    # Cancellation between uses can leave a rounding error below zero.
-    return total.clamp_min(0.0)
+    mass_B = torch.stack([c.mass() for c in merged]).sum(0)
+    for i in cancelled_examples(total, mass_B, num_rows=sum(c.num_rows for c in merged)).tolist():
+        gradient = torch.stack([c.dense(i, i + 1).reshape(-1) for c in merged]).sum(0)
+        total[i] = torch.dot(gradient, gradient)
+    return total
 
 
 def _merge(contributions: Sequence[Contribution]) -> list[Contribution]:

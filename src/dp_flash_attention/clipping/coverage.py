@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -57,7 +57,8 @@ def plan_recording(model: nn.Module, fallback_modules: Collection[str]) -> tuple
             bound="a module with a trainable parameter",
             remedy="Unfreeze some of it.",
         )
-    _refuse_coupling(modules)
+    refuse_batch_statistics(modules)
+    _refuse_routers(modules)
     recorded: list[Recorded] = []
     without_rule: list[tuple[str, str]] = []
     for name, module in modules.items():
@@ -92,15 +93,30 @@ def plan_recording(model: nn.Module, fallback_modules: Collection[str]) -> tuple
     return tuple(recorded)
 
 
-def _refuse_coupling(modules: dict[str, nn.Module]) -> None:
+def modules_with_batch_statistics(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules that may use statistics of the batch, depending on their mode, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (_BatchNorm, _InstanceNorm))}
+
+
+def refuse_batch_statistics(modules: Mapping[str, nn.Module]) -> None:
+    """Checks that no module uses statistics of the batch in its present mode.
+
+    Raises:
+        ExampleCouplingError: If one does; ``model.train()`` after planning can make it so.
+    """
     for name, module in modules.items():
-        kind = type(module).__name__
         uses_batch = isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
         tracks_batch = isinstance(module, _InstanceNorm) and module.track_running_stats
         if uses_batch or tracks_batch:
             raise ExampleCouplingError(
-                f"module {name!r} is a {kind}, which mixes the examples of a batch. Replace it with LayerNorm or GroupNorm."
+                f"module {name!r} is a {type(module).__name__}, which mixes the examples of a batch. Replace it with "
+                f"LayerNorm or GroupNorm."
             )
+
+
+def _refuse_routers(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        kind = type(module).__name__
         if any(part in kind.lower() for part in _ROUTER_NAMES):
             raise ExampleCouplingError(
                 f"module {name!r} is a {kind}: routing and load balancing mix the examples of a batch. Use a dense model."

@@ -21,8 +21,9 @@ class Tape:
     Args:
         batch_size: Number of examples B, padding included.
         layouts: For each module name, whether an index tensor of shape [n] means one index an
-            example (True) or positions shared by all examples (False). Filled where the shape
-            tells, consulted where n equals B and it does not.
+            example (True) or positions shared by all examples (False); likewise for each argument
+            of a fallback module. Filled where the shape tells, consulted where n equals B and it
+            does not.
         probing: True while batches of different sizes are run to fill ``layouts``.
     """
 
@@ -86,6 +87,32 @@ class Tape:
         if ids.shape[0] == 1 and size > 1:
             return ids.reshape(1, -1).expand(size, -1), True
         return self.by_example(ids, num_feature_dims=0, module=module), False
+
+    def splits_by_example(self, length: int, *, argument: str, module: str) -> bool:
+        """Returns whether a fallback module's tensor argument has one entry an example, or is shared.
+
+        A mask of shape [T, T] looks like a batch where T equals B; the batches of other sizes that
+        are run first tell.
+
+        Args:
+            length: Its leading dimension.
+            argument: What identifies the argument over calls.
+            module: The module's name, for the error.
+
+        Raises:
+            ExampleCouplingError: If the argument followed the batch size before and does not now.
+        """
+        key = f"{module}({argument})"
+        followed = self._layouts.get(key, True)
+        if self._probing or key not in self._layouts:
+            self._layouts[key] = followed and length == self.batch_size
+        elif followed and length != self.batch_size:
+            raise ExampleCouplingError(
+                f"module {module!r} received an argument of leading dimension {length} in a microbatch of "
+                f"{self.batch_size} examples, but one entry an example before. Give it the batch dimension first, or "
+                f"run check_examples_independent first, which tells shared arguments apart."
+            )
+        return self._layouts[key]
 
     def _one_dimensional_layout(self, length: int, module: str) -> bool:
         if self._probing:

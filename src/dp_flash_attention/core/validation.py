@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 from dp_flash_attention.core.errors import InvalidInputError
 
@@ -16,7 +17,7 @@ def positive_finite(name: str, value: object, *, remedy: str) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidInputError(name, value, bound="a finite number above 0", remedy=remedy)
-    number = float(value)
+    number = _as_float(value)
     if not math.isfinite(number) or number <= 0.0:
         raise InvalidInputError(name, value, bound="a finite number above 0", remedy=remedy)
     return number
@@ -28,7 +29,7 @@ def open_unit(name: str, value: object, *, remedy: str) -> float:
     Raises:
         InvalidInputError: If it does not.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < _as_float(value) < 1.0:
         raise InvalidInputError(name, value, bound="strictly between 0 and 1", remedy=remedy)
     return float(value)
 
@@ -39,7 +40,7 @@ def probability(name: str, value: object, *, remedy: str) -> float:
     Raises:
         InvalidInputError: If it does not.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < _as_float(value) <= 1.0:
         raise InvalidInputError(name, value, bound="above 0 and at most 1", remedy=remedy)
     return float(value)
 
@@ -64,3 +65,11 @@ def non_negative_int(name: str, value: object, *, remedy: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
         raise InvalidInputError(name, value, bound="a whole number of at least 0", remedy=remedy)
     return int(value)
+
+
+def _as_float(value: Any) -> float:
+    """Returns the nearest float, infinite where there is none."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

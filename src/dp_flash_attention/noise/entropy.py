@@ -30,7 +30,7 @@ class NoiseKey(Protocol):
         """Returns the key for ``purpose``."""
 
     def export(self) -> bytes:
-        """Returns the 32 key bytes."""
+        """Returns the key bytes: 32, or the 64 of a ``WideSecretKey``."""
 
 
 def os_entropy(num_bytes: int) -> bytes:

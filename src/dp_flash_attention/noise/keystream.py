@@ -51,6 +51,8 @@ class Domain(IntEnum):
     BITS = 4
     BERNOULLI = 5
     DISCRETE_LAPLACE = 6
+    DISCRETE_GAUSSIAN = 7
+    DISCRETE_GAUSSIAN_OVERFLOW = 8
 
 
 class Stream(Protocol):

@@ -136,7 +136,7 @@ class CipherKeystream:
         cipher: ``"aes-256-ctr"`` or ``"chacha20"``.
 
     Raises:
-        InvalidInputError: If the cipher is unknown.
+        InvalidInputError: If the cipher is unknown, or the key is not of 256 bits.
         NoiseUnavailableError: If ``cryptography`` cannot be imported or lacks the cipher.
     """
 
@@ -148,6 +148,13 @@ class CipherKeystream:
         self._cipher = cipher
         self._stream_type = _STREAMS[cipher]
         self._key = key.derive(f"noise.keystream.{cipher}").export()
+        if len(self._key) != KEY_BYTES:
+            raise InvalidInputError(
+                "the key's length",
+                len(self._key),
+                bound=f"{KEY_BYTES} bytes for {cipher}",
+                remedy="Use a SecretKey, or the cipher 'shake256' with a wide one.",
+            )
         try:
             # A cipher that this build of OpenSSL forbids must fail now and not in the middle of training.
             self.at(step=0, stream=0).read(64, domain=Domain.BITS, block=0, buffer=new_buffer(64))

@@ -51,6 +51,32 @@ def checked_tensor(out: object) -> Tensor:
         InvalidInputError: If ``out`` is not a dense float32 or float64 tensor without overlap and gradient.
         NoiseUnavailableError: If ``out`` is neither on the CPU nor on a CUDA device.
     """
+    return _checked_target(
+        out,
+        (torch.float32, torch.float64),
+        bound="float32 or float64 (narrower noise leaks through its rounding)",
+        remedy="Keep clipped sums and noise in float32 and convert after the noise is added.",
+    )
+
+
+def checked_integer_target(out: object) -> npt.NDArray[Any]:
+    """Returns ``out``'s memory as an array.
+
+    Raises:
+        InvalidInputError: If ``out`` is not a dense int64 tensor without overlap.
+        NoiseUnavailableError: If ``out`` is not on the CPU.
+    """
+    return _array_of(
+        _checked_target(
+            out,
+            (torch.int64,),
+            bound="int64 (exact noise is made of integers)",
+            remedy="Round the values to a public grid and pass their integer coordinates.",
+        )
+    )
+
+
+def _checked_target(out: object, dtypes: tuple[torch.dtype, ...], *, bound: str, remedy: str) -> Tensor:
     if not isinstance(out, Tensor):
         raise InvalidInputError("out", type(out).__name__, bound="a torch.Tensor", remedy="Pass a tensor.")
     if out.device.type not in ("cpu", "cuda"):
@@ -58,13 +84,8 @@ def checked_tensor(out: object) -> Tensor:
             f"out is on device {str(out.device)!r}, but this generator writes to the CPU and to CUDA devices. "
             "Keep the sums on the CPU, or fill a CPU tensor and copy it over."
         )
-    if out.dtype not in (torch.float32, torch.float64):
-        raise InvalidInputError(
-            "out.dtype",
-            out.dtype,
-            bound="float32 or float64 (narrower noise leaks through its rounding)",
-            remedy="Keep clipped sums and noise in float32 and convert after the noise is added.",
-        )
+    if out.dtype not in dtypes:
+        raise InvalidInputError("out.dtype", out.dtype, bound=bound, remedy=remedy)
     if out.layout is not torch.strided or out.is_neg():
         raise InvalidInputError("out", out.layout, bound="a plain dense tensor", remedy="Pass a dense clone.")
     if out.requires_grad and torch.is_grad_enabled():
@@ -95,7 +116,10 @@ def checked_target(out: object) -> npt.NDArray[Any]:
         InvalidInputError: As ``checked_tensor``.
         NoiseUnavailableError: If ``out`` is not on the CPU.
     """
-    tensor = checked_tensor(out)
+    return _array_of(checked_tensor(out))
+
+
+def _array_of(tensor: Tensor) -> npt.NDArray[Any]:
     if tensor.device.type != "cpu":
         raise NoiseUnavailableError(
             f"out is on device {str(tensor.device)!r}, but this is written on the CPU. "

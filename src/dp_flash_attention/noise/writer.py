@@ -6,10 +6,6 @@ on fill or add, or on how many elements follow.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dp_flash_attention.noise.chunk_threads import ChunkThreads
 from dp_flash_attention.noise.device import KernelKey, require_triton
 from dp_flash_attention.noise.keystream import (
     TILE_NUMBERS,
@@ -72,44 +69,6 @@ class _Worker:
         return normals_float64(self.words(source, Domain.FLOAT64, start, tiles, "<u8"), stddev).reshape(-1)
 
 
-class _Threads:
-    """Runs chunks on the caller's thread and on helpers that live as long as the generator."""
-
-    def __init__(self) -> None:
-        self._helpers: ThreadPoolExecutor | None = None
-        self._owner: tuple[int, int] | None = None
-        self._idle: list[_Worker] = []
-
-    def run(self, write_chunk: Callable[[_Worker, int], None], total: int, *, num_threads: int) -> None:
-        """Calls ``write_chunk(worker, start)`` once for every chunk of ``total`` numbers."""
-        starts = iter(range(0, total, CHUNK_NUMBERS))
-        lock = Lock()
-
-        def drain() -> None:
-            worker = self._idle.pop() if self._idle else _Worker()
-            while True:
-                with lock:
-                    start = next(starts, None)
-                if start is None:
-                    break
-                write_chunk(worker, start)
-            self._idle.append(worker)
-
-        num_helpers = min(num_threads, -(-total // CHUNK_NUMBERS)) - 1
-        pending = [self._pool(num_threads).submit(drain) for _ in range(num_helpers)]
-        drain()
-        for helper in pending:
-            helper.result()
-
-    def _pool(self, num_threads: int) -> ThreadPoolExecutor:
-        # A forked child inherits the object but not its threads, and would wait for them for ever.
-        owner = (os.getpid(), num_threads)
-        if self._helpers is None or self._owner != owner:
-            self._helpers = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="dpfa-noise")
-            self._owner = owner
-        return self._helpers
-
-
 class CounterNormalGenerator:
     """Normals from a key-stream with random access; the named generators are thin shells of it.
 
@@ -124,7 +83,7 @@ class CounterNormalGenerator:
 
     def __init__(self, keystream: Keystream, *, uses_test_key: bool) -> None:
         self._keystream = keystream
-        self._threads = _Threads()
+        self._threads = ChunkThreads(_Worker, CHUNK_NUMBERS)
         self.uses_test_key = uses_test_key
 
     def kernel_key(self, step: int) -> KernelKey:

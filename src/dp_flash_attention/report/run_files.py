@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dp_flash_attention.core.durable import write_atomically
 from dp_flash_attention.report.figures import (
     confusion_svg,
     diagnostics_svg,
@@ -14,7 +15,6 @@ from dp_flash_attention.report.figures import (
     roc_svg,
     score_svg,
 )
-from dp_flash_attention.training.durable import write_atomically
 from dp_flash_attention.training.evaluation import (
     SCORE_BOUND,
     ClassifierEvaluation,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dp_flash_attention.accounting import epsilon as accounted_epsilon
+from dp_flash_attention.core.durable import write_atomically
 from dp_flash_attention.core.errors import RunStateError
-from dp_flash_attention.training.durable import write_atomically
 from dp_flash_attention.training.evaluation import Evaluation
 from dp_flash_attention.training.plan import PrivacyPlan
 

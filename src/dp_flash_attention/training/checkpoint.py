@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dp_flash_attention.core.durable import is_disk_error, remove_temporaries, replaced_atomically
 from dp_flash_attention.core.errors import RunStateError
-from dp_flash_attention.training.durable import remove_temporaries, replaced_atomically
 
 _FORMAT = "1"
 _KEPT = 2
@@ -59,8 +59,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
         directory.mkdir(exist_ok=True)
         with replaced_atomically(path) as temporary:
             save_file(tensors, temporary, metadata=header)
-    except Exception as error:  # safetensors reports a full disk with an exception type of its own
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+    except Exception as error:
+        if not is_disk_error(error):
             raise
         raise RunStateError(
             f"checkpoint {path} cannot be written ({error}), but a run must not go on without. Free disk "

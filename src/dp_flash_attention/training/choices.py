@@ -17,6 +17,7 @@ from dp_flash_attention.noise import NoiseName
 
 _WARMUP_SHARE = 0.05
 _FINAL_LEARNING_RATE = 0.1
+_LARGEST_DEFAULT_DELTA = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,7 @@ def choose(request: RunRequest, defaults: TaskDefaults, public_count: int) -> Ch
     delta = given_or(
         "delta",
         default_delta(public_count),
-        f"the largest power of ten below 1 / (2 x {public_count:,} training records)",
+        f"the largest power of ten below 1 / (2 x {public_count:,} training records), at most 1e-5",
     )
     batch = int(
         given_or(
@@ -226,12 +227,15 @@ def choose(request: RunRequest, defaults: TaskDefaults, public_count: int) -> Ch
 
 
 def default_delta(public_count: int) -> float:
-    """Returns the largest power of ten below 1 / (2 · count).
+    """Returns the largest power of ten below 1 / (2 · count), and at most 1e-5.
+
+    The count may be a noisy one, far below the truth where the data set is small: a δ near 1 / count could
+    then be one that publishing a whole record satisfies.
 
     >>> default_delta(300_000), default_delta(60_000), default_delta(1)
-    (1e-06, 1e-06, 0.1)
+    (1e-06, 1e-06, 1e-05)
     """
-    return float(f"1e{math.ceil(-math.log10(2 * public_count)) - 1}")
+    return min(_LARGEST_DEFAULT_DELTA, float(f"1e{math.ceil(-math.log10(2 * public_count)) - 1}"))
 
 
 def default_batch_size(public_count: int) -> int:

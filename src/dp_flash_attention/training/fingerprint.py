@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import struct
+import types
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -53,6 +55,7 @@ def numerics(device: torch.device, num_threads: int) -> dict[str, Any]:
         "dp_flash_attention": version("dp-flash-attention"),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "python": platform.python_version_tuple()[:2],
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -71,9 +74,16 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
-    """Returns the model's class and a hash of its parameters' names, shapes and dtypes."""
+    """Returns the model's class and hashes of its parameters (names, shapes, dtypes) and of its printed modules.
+
+    What the modules print is what decides their results beside the parameters: dropout, epsilons, shapes.
+    """
     listed = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
-    return {"class": _name_of(type(model)), "parameters": _hash(listed)}
+    return {
+        "class": _name_of(type(model)),
+        "parameters": _hash(listed),
+        "modules": _hash(_without_addresses(repr(model))),
+    }
 
 
 def schedule_settings(schedule: Callable[[int], float] | None, num_steps: int) -> str | None:
@@ -81,9 +91,59 @@ def schedule_settings(schedule: Callable[[int], float] | None, num_steps: int) -
     return None if schedule is None else _hash([float(schedule(step)).hex() for step in range(num_steps)])
 
 
-def function_name(function: object) -> str:
-    """Returns the name by which a loss function is recognised."""
-    return _name_of(function) if hasattr(function, "__qualname__") else _name_of(type(function))
+def function_settings(function: object) -> str:
+    """Returns a function's name with a hash of its code, by which a changed function is told.
+
+    The hash covers the code with its constants and nested functions, default arguments and, as far as they are plain
+    values, what it captured. Functions that it calls are known by their names alone.
+    """
+    inner = getattr(function, "func", None)
+    if callable(inner):  # functools.partial
+        arguments = (getattr(function, "args", ()), sorted(getattr(function, "keywords", {}).items()))
+        return f"{function_settings(inner)} with {_hash([_plain_or_kind(value) for value in arguments])}"
+    if not hasattr(function, "__qualname__"):
+        return f"{_name_of(type(function))}#{_hash(_code_of(type(function).__call__))}"
+    return f"{_name_of(function)}#{_hash(_code_of(function))}"
+
+
+def _code_of(function: Any) -> list[Any]:
+    code = getattr(function, "__code__", None)
+    if code is None:  # built in
+        return []
+    captured = [_plain_or_kind(_content(cell)) for cell in getattr(function, "__closure__", None) or ()]
+    defaults = [_plain_or_kind(value) for value in getattr(function, "__defaults__", None) or ()]
+    keyword_only = sorted((getattr(function, "__kwdefaults__", None) or {}).items())
+    return [*_code_parts(code), captured, defaults, [(k, _plain_or_kind(v)) for k, v in keyword_only]]
+
+
+def _code_parts(code: types.CodeType) -> list[Any]:
+    """Returns what a code object does, without where it stands."""
+    constants: list[Any] = []
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            constants.append(_code_parts(value))
+        else:
+            # The order of a set's members changes from process to process.
+            constants.append(sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value))
+    return [code.co_code, code.co_names, code.co_varnames, constants]
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _plain_or_kind(value: object) -> object:
+    """Returns numbers and texts as they are, and of anything else its type."""
+    if isinstance(value, tuple | list):
+        return [_plain_or_kind(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else _name_of(type(value))
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str | None:

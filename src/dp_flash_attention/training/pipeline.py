@@ -18,13 +18,13 @@ from torch import nn
 
 from dp_flash_attention.accounting import discrete_laplace_scale, split_budget
 from dp_flash_attention.clipping import ClippedGradientAccumulator, check_examples_independent
+from dp_flash_attention.core.durable import write_atomically
 from dp_flash_attention.core.errors import InvalidInputError, RunStateError
 from dp_flash_attention.noise import TestKey, discrete_laplace
 from dp_flash_attention.noise.entropy import NoiseKey
 from dp_flash_attention.training.certificate import Certificate, build_certificate
 from dp_flash_attention.training.choices import Choices, RunRequest, choose
 from dp_flash_attention.training.data.split import Split, Subset, split_records
-from dp_flash_attention.training.durable import write_atomically
 from dp_flash_attention.training.evaluation import Evaluation, ReleaseTerms, read_evaluation
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.plan import PrivacyPlan
@@ -162,7 +162,8 @@ class _Run:
             watch.on_phase("Calibrating the noise")
             plan = self._plan(choices)
         except InvalidInputError:
-            # Nothing was shown to anyone yet: without its directory the count is not a release.
+            # Nothing was released yet: without its directory the count is gone, and what the message says of it
+            # is for the data's owner, as every error is.
             if not run.resumed:
                 run.discard()
             raise
@@ -253,13 +254,21 @@ class _Run:
         ).fit(Subset(task.dataset, self._split.train))
 
     def _evaluate(self, plan: PrivacyPlan) -> Evaluation | None:
-        run, request, task = self._run, self._request, self._task
-        if "evaluation" in run.facts:
-            known = run.facts["evaluation"]
-            return None if known is None else read_evaluation(known)
-        if request.holdout_prob == 0.0:
-            run.remember("evaluation", None)
+        run, request = self._run, self._request
+        if "evaluation" not in run.facts:
+            # Released once: what is remembered is what every later process shows.
+            run.remember(
+                "evaluation",
+                None if request.holdout_prob == 0.0 else self._released_evaluation(plan).to_dict(),
+            )
+        known = run.facts["evaluation"]
+        if known is None:
             return None
+        write_atomically(run.path / EVALUATION_FILE, _json(known))
+        return read_evaluation(known)
+
+    def _released_evaluation(self, plan: PrivacyPlan) -> Evaluation:
+        run, request, task = self._run, self._request, self._task
         if run.keys is None or self._split is None:
             raise RunStateError(
                 f"{run.path} is finished but lacks its evaluation. Start a new run elsewhere."
@@ -271,10 +280,7 @@ class _Run:
             key=run.keys.derive("evaluation"),
             noise=request.noise,
         )
-        evaluation = task.evaluate(self._model, Subset(task.dataset, self._split.holdout), terms)
-        run.remember("evaluation", evaluation.to_dict())
-        write_atomically(run.path / EVALUATION_FILE, _json(evaluation.to_dict()))
-        return evaluation
+        return task.evaluate(self._model, Subset(task.dataset, self._split.holdout), terms)
 
     def _compare(self, choices: Choices) -> Mapping[str, Any] | None:
         """Trains the twin and scores both models exactly. The result is private data."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from dp_flash_attention.core.durable import remove_temporaries, write_atomically
 from dp_flash_attention.core.errors import InvalidInputError, RunStateError
 from dp_flash_attention.noise import TestKey
-from dp_flash_attention.training.durable import remove_temporaries, write_atomically
 from dp_flash_attention.training.secrets import (
     SECRETS_DIRECTORY,
     RunKeys,

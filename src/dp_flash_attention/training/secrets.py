@@ -10,10 +10,10 @@ import json
 import os
 from pathlib import Path
 
+from dp_flash_attention.core.durable import sync_directory, write_new_file
 from dp_flash_attention.core.errors import NoiseReuseError, RunStateError
 from dp_flash_attention.noise import SecretKey
 from dp_flash_attention.noise.entropy import NoiseKey
-from dp_flash_attention.training.durable import sync_directory, write_new_file
 
 SECRETS_DIRECTORY = ".secrets"
 _KEY_FILE = "run.key"

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dp_flash_attention.core.durable import write_atomically
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.training.choices import TaskDefaults
 from dp_flash_attention.training.data.readers import read_table
 from dp_flash_attention.training.data.schema import Schema
 from dp_flash_attention.training.data.split import TakesIndices
 from dp_flash_attention.training.data.tabular import TabularDataset
-from dp_flash_attention.training.durable import write_atomically
 from dp_flash_attention.training.evaluation import (
     Evaluation,
     ReleaseTerms,

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dp_flash_attention.core.durable import is_disk_error, replaced_atomically
 from dp_flash_attention.core.errors import RunStateError
 from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import fingerprint
 from dp_flash_attention.training.averaging import ParameterAverage
 from dp_flash_attention.training.checkpoint import load_latest_checkpoint, save_checkpoint
 from dp_flash_attention.training.diagnostics import DiagnosticsSink, JsonLinesDiagnostics
-from dp_flash_attention.training.durable import replaced_atomically
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.loop import RunState, TrainingLoop
 from dp_flash_attention.training.microbatches import CollateFn, RecordSource
@@ -260,7 +260,7 @@ class PrivateTrainer:
             "optimizer": self._optimizer_settings,
             "lr_schedule": fingerprint.schedule_settings(self._lr_schedule, self._plan.num_steps),
             "ema_decay": self._ema_decay,
-            "loss_fn": fingerprint.function_name(self._loss_fn),
+            "loss_fn": fingerprint.function_settings(self._loss_fn),
             "fallback_modules": sorted(self._fallback_modules),
             "microbatch_size": self._execution.microbatch_size,
             "settings": self._settings,
@@ -321,8 +321,10 @@ def _write_model(model: nn.Module, path: Path) -> None:
     try:
         with replaced_atomically(path) as temporary:
             save_model(model, str(temporary))
-    except OSError as error:
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
         raise RunStateError(
-            f"{path} cannot be written ({error.strerror}), but the last checkpoint is safe. Free disk "
+            f"{path} cannot be written ({error}), but the last checkpoint is safe. Free disk "
             "space or repair permissions, then resume."
         ) from error

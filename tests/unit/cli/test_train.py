@@ -34,7 +34,7 @@ def test_a_table_becomes_a_model_a_certificate_and_a_report(capsys, table, tmp_p
     code, printed, err = call(capsys, "--data", table, "--label", "kind", "--out", out, *QUICK)
     assert (code, err) == (0, "")
     assert "AUC on the hold-out" in printed
-    assert "(1, 0.001)-differentially private for each record." in printed
+    assert "(1, 1e-05)-differentially private for each record." in printed
     for name in ("model.safetensors", "model.json", "certificate.json", "report.html", "evaluation.json"):
         assert (out / name).stat().st_size > 0
     assert json.loads((out / "certificate.json").read_text())["claim"]["holds"] is True

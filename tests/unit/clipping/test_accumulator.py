@@ -357,6 +357,61 @@ def test_autocast_norms_match_the_released_sum() -> None:
     assert float(total.norm()) == pytest.approx(1e-2, rel=1e-4)
 
 
+def test_a_microbatch_that_was_added_in_part_is_not_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catching an out-of-memory error and trying again would count examples twice."""
+    torch.manual_seed(0)
+    model, inputs = Scored(nn.Linear(WIDTH, 7), nn.Linear(7, 3)), torch.randn(4, 2, WIDTH)
+    once = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
+    once.add(lambda: model(inputs), batch_size=4)
+    accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
+    add = contributions.LinearContribution.add_weighted_sum
+    calls = []
+
+    def fails_at_the_second(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(self)
+        if len(calls) == 2:
+            raise MemoryError
+        add(self, *args, **kwargs)
+
+    monkeypatch.setattr(contributions.LinearContribution, "add_weighted_sum", fails_at_the_second)
+    with pytest.raises(MemoryError):
+        accumulator.add(lambda: model(inputs), batch_size=4)
+    for action in (
+        lambda: accumulator.add(lambda: model(inputs), batch_size=4),
+        lambda: accumulator.sums,
+    ):
+        with pytest.raises(RunStateError, match="count an example twice"):
+            action()
+    accumulator.reset()
+    accumulator.add(lambda: model(inputs), batch_size=4)
+    for name, total in once.sums.items():
+        torch.testing.assert_close(accumulator.sums[name], total, rtol=0.0, atol=0.0)
+
+
+def test_norms_use_full_float32_whatever_precision_products_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    norms = contributions.LinearContribution.sq_norms
+
+    def looking(self: Any) -> Tensor:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return norms(self)
+
+    monkeypatch.setattr(contributions.LinearContribution, "sq_norms", looking)
+    model = CASES["linear"].build()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        ClippedGradientAccumulator(model, l2_clip_norm=1.0).add(
+            lambda: model(torch.randn(4, 2, WIDTH)), batch_size=4
+        )
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen
+    assert set(seen) == {"ieee"}
+
+
 # --- refusals ---------------------------------------------------------------------------------------
 
 
@@ -376,6 +431,27 @@ def test_a_misspelt_fallback_suggests_the_near_one() -> None:
 def test_batch_statistics_are_refused(layer: nn.Module) -> None:
     with pytest.raises(ExampleCouplingError, match="mixes the examples"):
         ClippedGradientAccumulator(Scored(nn.Linear(WIDTH, WIDTH), layer), l2_clip_norm=1.0)
+
+
+def test_batch_norm_switched_to_training_later_is_refused() -> None:
+    model = Scored(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(5)).eval()
+    model.inner[1].requires_grad_(False)
+    accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
+    accumulator.add(lambda: model(torch.randn(4, 5, WIDTH)), batch_size=4)
+    model.train()
+    with pytest.raises(ExampleCouplingError, match="mixes the examples"):
+        accumulator.add(lambda: model(torch.randn(4, 5, WIDTH)), batch_size=4)
+    assert int(model.inner[1].num_batches_tracked) == 0
+
+
+def test_a_forward_replaced_on_the_object_is_refused_and_kept() -> None:
+    model = CASES["linear"].build()
+    replacement = lambda x: 3 * F.linear(x, model.inner[0].weight)  # noqa: E731 - a hook of another library
+    accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
+    model.inner[0].forward = replacement
+    with pytest.raises(MissingRuleError, match=r"inner\.0.*replaced on the object"):
+        accumulator.add(lambda: model(torch.randn(4, 5, WIDTH)), batch_size=4)
+    assert model.inner[0].forward is replacement
 
 
 def test_a_router_is_refused() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dp_flash_attention.clipping import ClippedGradientAccumulator, check_examples_independent
-from dp_flash_attention.core.errors import ExampleCouplingError, InvalidInputError
+from dp_flash_attention.core.errors import ExampleCouplingError, InvalidInputError, MissingRuleError
 
 WIDTH = 6
 
@@ -134,3 +134,66 @@ def test_inputs_without_rows_are_refused() -> None:
     model = Model()
     with pytest.raises(InvalidInputError, match="at least one row"):
         check(model, lambda x: model(x).sum((1, 2)), torch.zeros(0, 7, WIDTH))
+
+
+class ZeroGate(nn.Module):
+    """As in adapters and new heads: at the start no gradient passes ``gate``."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.gate, self.between = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), between
+        self.head = nn.Linear(WIDTH, 4)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.gate(self.between(self.inner(x))))
+
+
+def test_a_coupling_behind_a_gate_of_zeros_is_seen(inputs: Tensor) -> None:
+    model = ZeroGate(lambda h: h + h.roll(1, 0) - h.roll(1, 0).detach())
+    with pytest.raises(ExampleCouplingError, match=r"inner\.weight"):
+        check(model, lambda x: model(x).pow(2).mean((1, 2)), inputs)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_moved_for_the_check_are_put_back(inputs: Tensor, fails: bool) -> None:
+    model = ZeroGate(torch.tanh)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def loss(x: Tensor) -> Tensor:
+        if fails and model.gate.weight.any():
+            raise KeyError("broken loss")
+        return model(x).pow(2).mean((1, 2))
+
+    if fails:
+        with pytest.raises(KeyError):
+            check(model, loss, inputs)
+    else:
+        check(model, loss, inputs)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_coupling_in_a_parameter_of_small_share_is_seen(inputs: Tensor) -> None:
+    model = Model(lambda h: 0.01 * (h + (len(h) > 1) * (h.flip(0) - h.flip(0).detach())))
+    with pytest.raises(ExampleCouplingError, match=r"'first\.(weight|bias)'"):
+        check(model, lambda x: model(x).pow(2).mean((1, 2)), inputs)
+
+
+def test_a_head_outside_the_model_is_seen(inputs: Tensor) -> None:
+    model, head = Model(), nn.Linear(4, 1)
+    with pytest.raises(MissingRuleError, match=r"shape \(1, 4\) outside the model"):
+        check(model, lambda x: head(model(x)).pow(2).mean((1, 2)), inputs)
+
+
+def test_a_parameter_unfrozen_later_is_seen(inputs: Tensor) -> None:
+    model = Model()
+    model.first.requires_grad_(False)
+    accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
+    model.first.requires_grad_(True)
+    with pytest.raises(MissingRuleError, match=r"'first\.(weight|bias)', which was not trainable"):
+        check_examples_independent(accumulator, model, lambda x: model(x).pow(2).mean((1, 2)), inputs)
+
+
+def test_an_input_that_wants_a_gradient_is_no_parameter(inputs: Tensor) -> None:
+    model = Model()
+    check(model, lambda x: model(x.requires_grad_(True)).pow(2).mean((1, 2)), inputs)

@@ -180,6 +180,7 @@ def stop_before(monkeypatch, name):
         (stop_at_phase, "Evaluating"),
         (stop_at_phase, "without privacy"),
         (stop_before, "train_without_privacy"),
+        (stop_before, "write_atomically"),
         (stop_before, "build_certificate"),
     ],
 )

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_input, conv2d_input
 
-from dp_flash_attention.clipping.contributions import DenseContribution, LinearContribution
+from dp_flash_attention.clipping.contributions import (
+    DenseContribution,
+    LinearContribution,
+    linear_contribution,
+)
 from dp_flash_attention.clipping.tape import Tape
 from dp_flash_attention.core.errors import ExampleCouplingError
 
@@ -100,8 +104,8 @@ class ConvRule:
                 dtype = torch.promote_types(g_BTP.dtype, torch.float32)
                 tape.record(parameters["bias"], DenseContribution(grads_B=g_BTP.sum(1, dtype=dtype)))
 
-        def _plain(x: Tensor, g_BTP: Tensor) -> LinearContribution:
-            return LinearContribution(x_BTD=_unfolded(x, conv), g_BTP=g_BTP, weight_shape=weight.shape)
+        def _plain(x: Tensor, g_BTP: Tensor) -> LinearContribution | DenseContribution:
+            return linear_contribution(x_BTD=_unfolded(x, conv), g_BTP=g_BTP, weight_shape=weight.shape)
 
         def _grouped(x: Tensor, g_BTP: Tensor) -> DenseContribution:
             size, groups = x.shape[0], conv.groups

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dp_flash_attention.clipping.contributions import DenseContribution, LinearContribution
+from dp_flash_attention.clipping.contributions import DenseContribution, linear_contribution
 from dp_flash_attention.clipping.tape import Tape
 
 
@@ -58,7 +58,7 @@ class _RecordingLinear(torch.autograd.Function):
 
 
 class LinearRule:
-    """Weight by the linear contribution, bias by the sum over rows."""
+    """Weight by the smaller linear record, bias by the sum over rows."""
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is a plain linear map."""
@@ -77,7 +77,7 @@ class LinearRule:
                 x_BTD = tape.by_example(x, num_feature_dims=1, module=name)
                 tape.record(
                     parameters["weight"],
-                    LinearContribution(
+                    linear_contribution(
                         x_BTD=x_BTD, g_BTP=g_BTP, weight_shape=weight.shape, input_first=input_first
                     ),
                 )

@@ -33,15 +33,17 @@ class PerModuleFallback:
     ) -> Callable[..., Any]:
         """See ``Rule.recording_forward``.
 
-        Tensor arguments whose leading dimension is B are split by example; others are shared.
+        Tensor arguments whose leading dimension follows B are split by example; others are shared.
         """
         own = {path: module.get_parameter(path) for path in parameters}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             leaves, spec = pytree.tree_flatten((args, kwargs))
             mapped = [
-                isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == tape.batch_size
-                for leaf in leaves
+                isinstance(leaf, Tensor)
+                and leaf.dim() > 0
+                and tape.splits_by_example(leaf.shape[0], argument=f"{k}, {leaf.dim()}d", module=name)
+                for k, leaf in enumerate(leaves)
             ]
             if not any(mapped):
                 raise ExampleCouplingError(

@@ -138,12 +138,12 @@ def evaluate_classifier(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> 
         terms: What the release may cost, and its secret.
 
     Raises:
-        InvalidInputError: If a value is out of range or a logit is not finite; nothing is released.
+        InvalidInputError: If a value is out of range; nothing is released.
 
     Guarantees:
         neighbouring relation: add or remove one record of the hold-out.
         privacy unit: one record.
-        sensitivity: 1 in L2 norm; a record is one count in one of 2 · ``NUM_BINS`` cells.
+        sensitivity: 1 in L2 norm; a record is one count in one of 2 · ``NUM_BINS`` cells, whatever its score is.
         public: the cells. The model may depend on other records, none of them in the hold-out.
         theorem: Gaussian mechanism, calibrated by the certified accountant; post-processing.
     """
@@ -153,10 +153,6 @@ def evaluate_classifier(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> 
             tuple(logits.shape),
             bound=f"[N, 2] for labels of shape [N], here {list(labels.shape)}",
             remedy="Pass the logits of two classes.",
-        )
-    if not bool(torch.isfinite(logits).all()):
-        raise InvalidInputError(
-            "logits", "not finite", bound="finite", remedy="Training diverged: lower the learning rate."
         )
     counts = class_histograms(logits[:, 1] - logits[:, 0], labels)
     noise_stddev = release(counts, l2_sensitivity=1.0, terms=terms)
@@ -170,10 +166,14 @@ def evaluate_classifier(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> 
 
 
 def class_histograms(scores: Tensor, labels: Tensor) -> Tensor:
-    """Counts records by class and by cell of their score, shape [2, NUM_BINS], float32. Private data."""
-    cells = ((scores.double() + SCORE_BOUND) * (NUM_BINS / (2 * SCORE_BOUND))).floor().long()
+    """Counts records by class and by cell of their score, shape [2, NUM_BINS], float64. Private data.
+
+    A score that is NaN counts as 0: a refusal would show that there is such a record.
+    """
+    scores = scores.double().nan_to_num(nan=0.0, posinf=SCORE_BOUND, neginf=-SCORE_BOUND)
+    cells = ((scores + SCORE_BOUND) * (NUM_BINS / (2 * SCORE_BOUND))).floor().long()
     cells = cells.clamp(0, NUM_BINS - 1) + NUM_BINS * labels
-    return torch.bincount(cells, minlength=2 * NUM_BINS).float().view(2, NUM_BINS)
+    return torch.bincount(cells, minlength=2 * NUM_BINS).double().view(2, NUM_BINS)
 
 
 def exact_auc(scores: Tensor, labels: Tensor) -> float:

@@ -128,7 +128,7 @@ def evaluate_language_model(
             bound=f"in [0, {loss_bound * max_tokens:g}] over at most {max_tokens} tokens",
             remedy="Cut token losses off at loss_bound; if training diverged, lower the learning rate.",
         )
-    sums = shares.clamp(max=1.0).sum(dim=1).float()
+    sums = shares.clamp(max=1.0).sum(dim=1)
     noise_stddev = release(sums, l2_sensitivity=_L2_SENSITIVITY, terms=terms)
     return LanguageModelEvaluation(
         epsilon=float(terms.epsilon),
@@ -143,6 +143,8 @@ def evaluate_language_model(
 
 def token_losses(logits: Tensor, labels: Tensor, *, loss_bound: float) -> tuple[Tensor, Tensor]:
     """Returns each record's sum of token losses, cut off one by one, and its number of tokens. Private data.
+
+    A loss that is NaN counts as the bound: a refusal would show that there is such a record.
 
     Args:
         logits: Shape [B, T, V]; position t predicts token t + 1.
@@ -159,4 +161,6 @@ def token_losses(logits: Tensor, labels: Tensor, *, loss_bound: float) -> tuple[
         ignore_index=IGNORE_INDEX,
         reduction="none",
     ).view(targets_BT.shape)
-    return losses_BT.clamp(max=loss_bound).sum(dim=1), (targets_BT != IGNORE_INDEX).sum(dim=1)
+    return losses_BT.nan_to_num(nan=loss_bound).clamp(max=loss_bound).sum(dim=1), (
+        targets_BT != IGNORE_INDEX
+    ).sum(dim=1)

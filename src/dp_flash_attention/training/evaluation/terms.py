@@ -59,7 +59,8 @@ def release(values: Tensor, *, l2_sensitivity: float, terms: ReleaseTerms) -> fl
     """Adds the Gaussian noise that the terms ask for to ``values``, in place.
 
     Args:
-        values: float32, of the stated sensitivity under add-or-remove.
+        values: float64, of the stated sensitivity under add-or-remove. In float32 a count above 2^24 would
+            round, and one record could then move it by 2.
         l2_sensitivity: Its L2 sensitivity.
         terms: ε, δ and the secret.
 

@@ -145,3 +145,13 @@ def test_what_the_kernels_do_not_take_runs_in_torch(on_kernel, monkeypatch):
     assert norms.norm_path(x, g) == "torch"
     torch.testing.assert_close(norms.linear_sq_norms(x, g).double(), exact(x, g), rtol=1e-5, atol=0)
     assert on_kernel == []
+
+
+def test_an_example_whose_rows_cancel_is_computed_by_the_outer_kernel(on_kernel):
+    x, g = drawn(2, 4, 40, 40)
+    # Row 1 takes back row 0 but for a part in a thousand, so the gram form subtracts equal numbers.
+    x[1, 2:], g[1, 2:] = 0.0, 0.0
+    x[1, 1], g[1, 1] = x[1, 0], -g[1, 0] * (1.0 - 1e-3)
+    got = norms.linear_sq_norms(x, g)
+    assert on_kernel == ["gram", "outer"]
+    torch.testing.assert_close(got.double(), exact(x, g), rtol=1e-3, atol=0)

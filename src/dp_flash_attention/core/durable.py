@@ -69,3 +69,8 @@ def remove_temporaries(directory: Path) -> None:
     """Removes what an interrupted ``replaced_atomically`` left behind."""
     for path in directory.glob(_TEMPORARY_PREFIX + "*"):
         path.unlink(missing_ok=True)
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether an exception says that a file could not be written; safetensors has a type of its own for it."""
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"

@@ -1,0 +1,17 @@
+"""What goes wrong with keys, signatures, sealed files and channels."""
+
+from __future__ import annotations
+
+from dp_flash_attention.core.errors import DPFlashAttentionError
+
+
+class AuthenticationError(DPFlashAttentionError, ValueError):
+    """Bytes are not what the holder of the expected key made; nothing of them was used."""
+
+
+class KeyFileError(DPFlashAttentionError, ValueError):
+    """A key, trust or succession file is foreign, damaged, open to others, or does not open."""
+
+
+class ChannelError(DPFlashAttentionError, RuntimeError):
+    """A channel is closed, broken or exhausted, and will not carry what was asked."""

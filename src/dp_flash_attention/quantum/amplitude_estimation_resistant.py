@@ -1,0 +1,250 @@
+"""``AmplitudeEstimationResistant``: a query asked again is answered with the same bytes."""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
+from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
+from dp_flash_attention.core.validation import non_negative_int
+from dp_flash_attention.noise import NoiseKey, SecretKey, WideSecretKey
+from dp_flash_attention.quantum.canonical import canonical_bytes
+from dp_flash_attention.quantum.charges import ChargeBook
+from dp_flash_attention.quantum.exact_noise import noise_for
+from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
+from dp_flash_attention.quantum.generator_strength import (
+    generator_advantage,
+    quantum_security_bits,
+    searched_bits,
+    secret_bits,
+    strength_assumptions,
+    suitable_cipher,
+)
+from dp_flash_attention.quantum.grid import round_to_grid
+from dp_flash_attention.quantum.interface import Release, checked_request
+from dp_flash_attention.quantum.prf import keyed_shake256
+from dp_flash_attention.quantum.values import Integers, unpack
+
+_DIGEST_BYTES = 64
+
+
+class AmplitudeEstimationResistant:
+    """Answers queries about one version of a data set, each distinct one once and for all.
+
+    The noise of an answer is a pseudo-random function of (key, epoch, data version, query, plan, rounded value).
+    *Query* is what ``canonical`` says: other queries have other noise and are charged. *Plan* (grid, variance, number
+    of coordinates) is in, because one noise at two scales would solve for the value. *Data version* is in, because equal
+    noise on two versions would show their exact difference. *Epoch* is a counter to raise when answers should be fresh,
+    at their price. The *rounded value* is in as well, in case the caller forgets to change the version: then the noise
+    is independent and not shared.
+
+    Args:
+        key: Secret; from ``load_memo_key`` for answers that survive a restart. A ``WideSecretKey`` carries more than 128
+            bits against quantum search.
+        charges: Where each distinct query pays, before the data are looked at.
+        data_version: Public name of this state of the data; any change of the data needs a new one.
+        epoch: Public counter.
+        grid: As in ``PostQuantumGaussian``.
+        privacy_unit: What the sensitivities were derived for.
+
+    Raises:
+        InvalidInputError: If an argument is out of range.
+
+    Guarantees:
+        * Neighbouring relation: that of the sensitivities. Privacy unit: ``privacy_unit``.
+        * Sensitivity: that of each query, Δ + γ√d after rounding.
+        * Public: queries, budgets, grid, data version, epoch. Secret: the key.
+        * Theorem: fix the data. Whatever is asked, and however often, the transcript is a function of one answer per
+          distinct (query, plan), each a discrete Gaussian release with its own independent noise (PRF); repeats are
+          post-processing, so q repeats cost what one costs. Distinct ones add up in ``charges``. Superposed calls
+          evaluate a fixed function: amplitude estimation finds its values, which were paid for, and nothing
+          behind them. A caller that lets a query register hold k distinct queries must charge all k.
+        * Source: Dwork & Roth 2014, Proposition 2.1 (post-processing); Brassard, Høyer, Mosca & Tapp 2002.
+    """
+
+    name = "AmplitudeEstimationResistant"
+
+    def __init__(
+        self,
+        *,
+        key: NoiseKey,
+        charges: ChargeBook,
+        data_version: str,
+        epoch: int = 0,
+        grid: float | None = None,
+        privacy_unit: PrivacyUnit = PrivacyUnit.EXAMPLE,
+    ) -> None:
+        if not isinstance(data_version, str) or not data_version:
+            raise InvalidInputError(
+                "data_version", data_version, bound="a non-empty text", remedy="Name this state of the data."
+            )
+        self._version = data_version
+        self._epoch = non_negative_int("epoch", epoch, remedy="Count epochs from 0.")
+        self._master = key
+        self._secret = key.derive("quantum.amplitude_estimation_resistant").export()
+        self._cipher = suitable_cipher(key, None)
+        self._charges = charges
+        self._grid = grid
+        self._unit = privacy_unit
+        self._answered: dict[bytes, bytes | None] = {}
+        self._lock = threading.Lock()
+
+    def answer(
+        self,
+        query: object,
+        compute: Callable[[], Any],
+        *,
+        sensitivity: Sensitivity,
+        budget: PrivacyBudget,
+        dimension: int = 1,
+        whole: bool = False,
+    ) -> Release:
+        """Charges ``query`` if it is new, then computes it and adds its noise.
+
+        Args:
+            query: What is asked, in plain values (``canonical``).
+            compute: Returns the true answer. Not called if the budget refuses.
+            sensitivity: How far the true answer moves between neighbours.
+            budget: What this answer may cost.
+            dimension: How many numbers the answer has; public.
+            whole: Whether the answer's type holds whole numbers only; public.
+
+        Raises:
+            BudgetExhaustedError: If the query is new and does not fit; nothing was computed.
+            InvalidInputError: If an argument is out of range, or the answer has another kind or length.
+            NoiseReuseError: If the same query gave another true answer before: the data changed and the data version
+                did not. Nothing is released.
+        """
+        sensitivity, budget = checked_request(sensitivity, budget)
+        plan = plan_gaussian(
+            dimension=dimension,
+            whole=whole,
+            l2_sensitivity=sensitivity.l2,
+            budget=budget,
+            grid=self._grid,
+            advantage=generator_advantage(dimension, searched_bits(self._master), self._cipher),
+        )
+        label = self._label(query, plan, sensitivity)
+        with self._lock:
+            # Charged once, and before anything is computed: a computation that fails has still been paid for.
+            if label not in self._answered:
+                self._charges.charge(rho=plan.rho, distance=plan.distance)
+                self._answered[label] = None
+        unpacked = unpack(compute())
+        if unpacked.vector.size != dimension or unpacked.whole is not whole:
+            raise InvalidInputError(
+                "the computed answer",
+                f"{unpacked.vector.size} numbers, whole: {unpacked.whole}",
+                bound=f"{dimension} numbers, whole: {whole}, as declared",
+                remedy="Declare the answer's length and kind.",
+            )
+        counts = round_to_grid(unpacked.vector, plan.grid)
+        self._commit(label, counts)
+        noisy = (counts + self._noise(label, counts, plan)).astype(np.float64) * plan.grid
+        return self._describe(unpacked.restore(noisy), plan, sensitivity)
+
+    def release(
+        self, value: Any, sensitivity: Sensitivity, budget: PrivacyBudget, *, query: object = None
+    ) -> Release:
+        """Releases a value that was computed already, as the answer to ``query``; see ``answer``."""
+        unpacked = unpack(value)
+        return self.answer(
+            query,
+            lambda: value,
+            sensitivity=sensitivity,
+            budget=budget,
+            dimension=unpacked.vector.size,
+            whole=unpacked.whole,
+        )
+
+    def _label(self, query: object, plan: GaussianPlan, sensitivity: Sensitivity) -> bytes:
+        """The memo's key: what has to be the same for an answer to be the same, apart from the value."""
+        scale = canonical_bytes(
+            [
+                plan.dimension,
+                plan.whole,
+                plan.grid,
+                plan.variance.numerator,
+                plan.variance.denominator,
+                sensitivity.l2,
+                sensitivity.neighboring_relation.value,
+            ]
+        )
+        return keyed_shake256(
+            self._secret,
+            canonical_bytes(self._epoch),
+            canonical_bytes(self._version),
+            canonical_bytes(query),
+            scale,
+            domain=b"dpfa.memo.label.v1",
+            num_bytes=_DIGEST_BYTES,
+        )
+
+    def _commit(self, label: bytes, counts: Integers) -> None:
+        seen = keyed_shake256(
+            self._secret,
+            label,
+            counts.astype("<i8").tobytes(),
+            domain=b"dpfa.memo.commitment.v1",
+            num_bytes=_DIGEST_BYTES,
+        )
+        with self._lock:
+            before = self._answered[label]
+            if before is not None and not hmac.compare_digest(before, seen):
+                raise NoiseReuseError(
+                    f"A query gave another true answer than before under data_version {self._version!r}, but one version "
+                    "has one answer. Give changed data a new data_version (and make the computation deterministic)."
+                )
+            self._answered[label] = seen
+
+    def _noise(self, label: bytes, counts: Integers, plan: GaussianPlan) -> Integers:
+        seed = keyed_shake256(
+            self._secret,
+            label,
+            counts.astype("<i8").tobytes(),
+            domain=b"dpfa.memo.noise.v1",
+            num_bytes=len(self._secret),
+        )
+        key: NoiseKey
+        if isinstance(self._master, WideSecretKey):
+            key = WideSecretKey.from_bytes(seed, entropy_bits=self._master.entropy_bits)
+        else:
+            key = SecretKey.from_bytes(seed)
+        return noise_for(plan.variance).draw(key, counts.size, step=0, cipher=self._cipher)
+
+    def _describe(self, value: Any, plan: GaussianPlan, sensitivity: Sensitivity) -> Release:
+        return Release(
+            value=value,
+            mechanism=self.name,
+            epsilon=plan.epsilon,
+            delta=plan.delta,
+            rho=plan.rho,
+            noise_stddev=plan.noise_stddev,
+            grid=plan.grid,
+            guarantee=Guarantee(
+                neighboring_relation=sensitivity.neighboring_relation,
+                privacy_unit=self._unit,
+                sensitivity=f"{plan.l2_sensitivity:g} in L2; "
+                f"{plan.grid_sensitivity * plan.grid:g} after rounding to the grid",
+                public=("query", "budget", "grid", "noise variance", "data version", "epoch"),
+                theorem="any number of repeats is post-processing of one discrete Gaussian answer",
+                source="Canonne, Kamath & Steinke 2020; Dwork & Roth 2014, Proposition 2.1",
+            ),
+            quantum_security_bits=quantum_security_bits(secret_bits(self._master), self._cipher),
+            certified=(
+                f"this query, asked any number of times: ({plan.epsilon:g}, {plan.delta.total:.3g})-DP",
+                "distinct queries are added up in the charge book",
+            ),
+            estimated=(),
+            assumed=(
+                "The data do not change under one data_version, and the computation is deterministic.",
+                "The sensitivity passed in holds for the answer.",
+                "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
+                *strength_assumptions(secret_bits(self._master), self._cipher),
+            ),
+        )

@@ -1,0 +1,377 @@
+"""Checks of the mechanisms: their δ by independent code, their noise by its scale, memo and closeness by trying.
+
+Statistical checks draw fresh secret keys, so each has a false-alarm rate: 1e-9 for every row, over all its statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dp_flash_attention.accounting import discrete_gaussian_delta, skellam_rdp, summed_discrete_gaussian_tau
+from dp_flash_attention.core.errors import NoiseReuseError
+from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
+from dp_flash_attention.noise import SecretKey, TestKey
+from dp_flash_attention.noise.skellam import skellam_table
+from dp_flash_attention.quantum.amplitude_estimation_resistant import AmplitudeEstimationResistant
+from dp_flash_attention.quantum.attackers import doubling_powers, estimate_amplitude, mechanism_oracle
+from dp_flash_attention.quantum.charges import ConcentratedBudget
+from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
+from dp_flash_attention.quantum.lattice import lattice_from_rows
+from dp_flash_attention.quantum.layered_noise import LayeredNoise
+from dp_flash_attention.quantum.layered_plan import NoiseLaw
+from dp_flash_attention.quantum.post_quantum_gaussian import PostQuantumGaussian
+from dp_flash_attention.quantum.rational_sampler import RationalCoins
+
+FALSE_ALARM: Final = 1e-9
+_BUDGET: Final = PrivacyBudget(epsilon=1.0, delta=1e-6)
+_PRICE: Final = PrivacyBudget(epsilon=0.5, delta=1e-7)
+_ONE: Final = Sensitivity(l2=1.0, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+_NUM_QUERIES: Final = 30
+_LATTICE_ROWS: Final = [[2, 0], [1, 2]]
+
+
+def mechanisms_checks(*, deep: bool = False) -> list[NamedCheck]:
+    """Returns the checks of this subject.
+
+    Args:
+        deep: Whether to draw ten times as many numbers.
+    """
+    times = 10 if deep else 1
+    return [
+        ("δ against dp_accounting and brute force", delta_by_independent_code),
+        ("rounding is in the sensitivity", rounding_is_accounted),
+        ("clipping bounds the sum", clipping_bounds_the_sum),
+        ("scale of the noise", partial(noise_scale, 200_000 * times)),
+        ("memoised answers", memo),
+        ("Klein's sampler", partial(klein, 2_000 * times)),
+        ("noise of several parties", partial(layered, 100_000 * times)),
+        ("summed laws by independent code", summed_laws),
+        ("amplitude estimation", amplitude_estimation),
+    ]
+
+
+def delta_by_independent_code() -> Iterator[Evidence]:
+    """Yields how far δ is from dp_accounting's in one dimension, and from a sum over the plane in two."""
+    from dp_accounting.pld.privacy_loss_mechanism import DiscreteGaussianPrivacyLoss
+
+    ratios = []
+    for sigma, shift, epsilon in ((1.0, 1, 1.0), (4.0, 1, 1.0), (30.0, 7, 0.5), (2.0, 3, 5.0)):
+        theirs = DiscreteGaussianPrivacyLoss(sigma, sensitivity=shift).get_delta_for_epsilon(epsilon)
+        ratios.append(
+            discrete_gaussian_delta(epsilon=epsilon, sigma=sigma, l2_sensitivity=shift) / theirs - 1.0
+        )
+    yield Evidence(
+        name="PostQuantumGaussian: δ of one coordinate",
+        claim="δ equals that of Google's dp_accounting and is not below it.",
+        measured=f"relative excess {min(ratios):.1e} to {max(ratios):.1e}",
+        bound="-1e-12 to 1e-6",
+        holds=min(ratios) >= -1e-12 and max(ratios) <= 1e-6,
+        basis="computed",
+    )
+    excess = []
+    for sigma, vector, epsilon in (
+        (1.5, (1, 1), 1.0),
+        (2.0, (2, 1), 0.1),
+        (3.0, (3, 4), 1.0),
+        (2.5, (2, 2), 3.0),
+    ):
+        true = _delta_on_the_plane(epsilon, sigma, vector)
+        bound = discrete_gaussian_delta(
+            epsilon=epsilon, sigma=sigma, l2_sensitivity=math.hypot(*vector), dimension=2
+        )
+        excess.append(bound / true)
+    yield Evidence(
+        name="PostQuantumGaussian: δ of vectors",
+        claim="The certified δ is never below the true one, summed over the plane.",
+        measured=f"bound over truth {min(excess):.3f} to {max(excess):.3f}",
+        bound="at least 1",
+        holds=min(excess) >= 1.0,
+        basis="computed",
+    )
+
+
+def rounding_is_accounted() -> Iterator[Evidence]:
+    """Yields how far the worst pair for rounding is moved, with the same noise, over what is accounted."""
+    dimension, grid = 1024, 2.0**-8
+    step = 2 * grid + 2e-12
+    apart = Sensitivity(
+        l2=step * math.sqrt(dimension) * (1 + 1e-9), neighboring_relation=_ONE.neighboring_relation
+    )
+    base = np.full(dimension, 0.5 * grid - 1e-12)
+
+    def release(value: npt.NDArray[np.float64]) -> Any:
+        return PostQuantumGaussian(key=TestKey("rounding"), grid=grid).release(value, apart, _BUDGET).value
+
+    moved = float(np.linalg.norm(release(base + step) - release(base)))
+    plan = PostQuantumGaussian(grid=grid).plan(dimension=dimension, sensitivity=apart, budget=_BUDGET)
+    accounted = plan.grid_sensitivity * plan.grid
+    yield Evidence(
+        name="PostQuantumGaussian: rounding",
+        claim="The worst two values for rounding end no further apart than the sensitivity that is charged.",
+        measured=f"{moved:.6g}, for a pair that was {apart.l2:.6g} apart",
+        bound=f"at most {accounted:.6g}",
+        holds=moved <= accounted,
+        basis="computed",
+    )
+
+
+def clipping_bounds_the_sum() -> Iterator[Evidence]:
+    """Yields how far one huge row moves a sum, with the same noise, over what is accounted."""
+    rows = np.zeros((4, 300))
+    rows[3] = 1e6
+
+    def release(value: npt.NDArray[np.float64]) -> Any:
+        return (
+            PostQuantumGaussian(key=TestKey("clipping"), grid=2.0**-12).release_sum(value, 1.0, _BUDGET).value
+        )
+
+    moved = float(np.linalg.norm(release(rows) - release(rows[:3])))
+    accounted = 1.0 + 2.0**-12 * math.sqrt(300)
+    yield Evidence(
+        name="PostQuantumGaussian: clipping",
+        claim="Adding one row of norm 1.7e7 moves the clipped sum by no more than the sensitivity that is charged.",
+        measured=f"{moved:.6g}",
+        bound=f"at most {accounted:.6g}",
+        holds=moved <= accounted * (1 + 1e-9),
+        basis="computed",
+    )
+
+
+def noise_scale(num: int) -> Iterator[Evidence]:
+    """Yields the standard score of the variance of released zeros, for whole numbers and for a fine grid."""
+    for label, value in (("whole numbers", np.zeros(num, dtype=np.int64)), ("fine grid", np.zeros(num))):
+        found = PostQuantumGaussian().release(value, _moved(64.0), _BUDGET)
+        yield _scale(f"PostQuantumGaussian: noise, {label}", np.asarray(found.value), found.noise_stddev)
+
+
+def memo() -> Iterator[Evidence]:
+    """Yields whether repeats repeat, versions and epochs do not, and changed data are refused."""
+    key = SecretKey.from_os()
+
+    def mechanism(version: str = "v1", epoch: int = 0) -> AmplitudeEstimationResistant:
+        charges = ConcentratedBudget(PrivacyBudget(epsilon=20.0, delta=1e-6))
+        return AmplitudeEstimationResistant(key=key, charges=charges, data_version=version, epoch=epoch)
+
+    def ask(asked: AmplitudeEstimationResistant, query: object, value: float) -> float:
+        return float(asked.answer(query, lambda: value, sensitivity=_ONE, budget=_PRICE).value)
+
+    book = ConcentratedBudget(PrivacyBudget(epsilon=20.0, delta=1e-6))
+    one = AmplitudeEstimationResistant(key=key, charges=book, data_version="v1")
+    first = ask(one, "q", 40.0)
+    price = book.spent_rho
+    repeats = {ask(one, "q", 40.0) for _ in range(20)} | {ask(mechanism(), "q", 40.0)}
+    yield Evidence(
+        name="AmplitudeEstimationResistant: repeats",
+        claim="A repeat, also after a restart with the same key, has the same bytes and costs nothing.",
+        measured=f"{len(repeats | {first})} answer(s) to 22 calls, repeats cost rho = {book.spent_rho - price:g}",
+        bound="1 answer, 0",
+        holds=repeats == {first} and book.spent_rho == price > 0,
+        basis="computed",
+    )
+    # Two independent answers differ by exactly 3, or are equal, with probability below 2e-3; 6 of 30: below 1e-10.
+    changes: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("data versions", {"version": "v2"}),
+        ("epochs", {"epoch": 1}),
+    )
+    for what, changed in changes:
+        same = sum(
+            ask(mechanism(**changed), i, 43.0) - ask(mechanism(), i, 40.0) == 3.0
+            or ask(mechanism(**changed), i, 40.0) == ask(mechanism(), i, 40.0)
+            for i in range(_NUM_QUERIES)
+        )
+        yield Evidence(
+            name=f"AmplitudeEstimationResistant: {what}",
+            claim=f"Answers of two {what} share no noise: they show neither the values' difference nor their equality.",
+            measured=f"{same} of {_NUM_QUERIES} queries show it",
+            bound=f"fewer than 6 (false alarm below {FALSE_ALARM:g})",
+            holds=same < 6,
+        )
+    try:
+        ask(one, "q", 41.0)
+        refused = False
+    except NoiseReuseError:
+        refused = True
+    yield Evidence(
+        name="AmplitudeEstimationResistant: changed data",
+        claim="A query whose true answer changed under one data version is refused.",
+        measured="refused" if refused else "answered",
+        bound="refused",
+        holds=refused,
+        basis="computed",
+    )
+
+
+def klein(num: int) -> Iterator[Evidence]:
+    """Yields the second moments of Klein's sampler on a skewed basis, each as a standard score."""
+    lattice, variance = lattice_from_rows(_LATTICE_ROWS), Fraction(64)
+    coins = RationalCoins(SecretKey.from_os())
+    zero = (Fraction(0),) * lattice.dimension
+    points = np.array(
+        [[float(x) for x in lattice.point(lattice.klein(zero, variance, coins))] for _ in range(num)]
+    )
+    second = points.T @ points / num / float(variance)
+    deviation = np.where(np.eye(2, dtype=bool), math.sqrt(2.0 / num), math.sqrt(1.0 / num))
+    score = float(np.abs((second - np.eye(2)) / deviation).max())
+    bound = _two_sided(FALSE_ALARM / 3)
+    yield Evidence(
+        name="LatticeGaussian: Klein's sampler",
+        claim="Noise on a skewed lattice is round and has the stated scale.",
+        measured=f"largest standard score of the second moments {score:.2f} ({num} points)",
+        bound=f"at most {bound:.2f} (false alarm {FALSE_ALARM:g})",
+        holds=score <= bound,
+    )
+
+
+def layered(num: int) -> Iterator[Evidence]:
+    """Yields the standard score of the variance of any h honest shares."""
+    laws: tuple[NoiseLaw, ...] = ("skellam", "discrete_gaussian")
+    for law in laws:
+        noise = LayeredNoise(num_parties=6, num_honest=4, law=law, grid=2.0**-8)
+        plan = noise.plan(
+            dimension=num,
+            sensitivity=_moved(8.0),
+            budget=_BUDGET,
+        )
+        row = np.zeros(num)
+        honest = sum(noise.message(row, plan, key=SecretKey.from_os(), step=0) for _ in range(4))
+        stddev = plan.layer("", 4).noise_stddev
+        yield _scale(
+            f"LayeredNoise: 4 honest of 6, {law.replace('_', ' ')}", np.asarray(honest) * plan.grid, stddev
+        )
+        epsilon = plan.layer("", 4).epsilon
+        yield Evidence(
+            name=f"LayeredNoise: ε of 4 honest shares, {law.replace('_', ' ')}",
+            claim="Four honest shares alone meet the budget.",
+            measured=f"ε = {epsilon:.6f}",
+            bound=f"at most {_BUDGET.epsilon:g}",
+            holds=epsilon <= _BUDGET.epsilon,
+            basis="computed",
+        )
+
+
+def summed_laws() -> Iterator[Evidence]:
+    """Yields the Skellam table against SciPy's Bessel functions, its Rényi bound, and τ, against convolved laws."""
+    from scipy.special import ive
+
+    variance = Fraction(100)
+    table = skellam_table(variance)
+    reach = 60
+    places = np.arange(-reach, reach + 1)
+    ours = np.array([table.masses[table.largest + int(k)] / 2.0**128 for k in places])
+    theirs = ive(np.abs(places), float(variance))
+    error = float(np.abs(ours / theirs - 1.0).max())
+    yield Evidence(
+        name="Skellam: table, μ = 100",
+        claim="The table's probabilities are those of the law, e^-μ·I_k(μ), by SciPy's Bessel functions.",
+        measured=f"largest relative error {error:.1e} within 6 standard deviations",
+        bound="1e-10",
+        holds=error <= 1e-10,
+        basis="computed",
+    )
+    worst = 0.0
+    for order, shift in ((2, 1), (4, 3), (8, 5)):
+        wide = np.arange(-400, 401)
+        first, second = (np.log(np.maximum(ive(np.abs(wide - s), 100.0), 1e-290)) for s in (0, shift))
+        true = float(np.logaddexp.reduce(order * first + (1 - order) * second) / (order - 1))
+        worst = max(worst, true / skellam_rdp(order, variance=100.0, l2_sensitivity=shift, dimension=1))
+    yield Evidence(
+        name="Skellam: Rényi bound",
+        claim="The published bound is not below the divergence, summed directly.",
+        measured=f"truth over bound at most {worst:.4f}",
+        bound="1",
+        holds=worst <= 1.0,
+        basis="computed",
+    )
+    sigma, count = 0.6, 3
+    mass = np.exp(-0.5 * (np.arange(-30, 31) / sigma) ** 2)
+    mass /= mass.sum()
+    summed = np.convolve(np.convolve(mass, mass), mass)[60:121]
+    wide_mass = np.exp(-0.5 * (np.arange(-30, 31) / sigma) ** 2 / count)
+    seen = float(np.abs(np.log(summed[25:36] / (wide_mass / wide_mass.sum())[25:36])).max())
+    tau = summed_discrete_gaussian_tau(sigma=sigma, num_summands=count)
+    yield Evidence(
+        name="summed discrete Gaussians: τ",
+        claim="The closeness bound covers the log-ratio of the convolved law to the ideal one.",
+        measured=f"log-ratio {seen:.4f}",
+        bound=f"at most tau = {tau:.4f}",
+        holds=seen <= tau,
+        basis="computed",
+    )
+
+
+def amplitude_estimation() -> Iterator[Evidence]:
+    """Yields what a simulated quantum attacker learns from fresh and from memoised noise."""
+    rng = np.random.default_rng()
+    noise, value = np.arange(-64, 65), 100.0
+    law: npt.NDArray[np.float64] = np.exp(-0.5 * (noise / 8.0) ** 2).astype(np.float64)
+    fresh = mechanism_oracle((value + noise).tolist(), law.tolist(), low=20.0, high=200.0)
+    charges = ConcentratedBudget(PrivacyBudget(epsilon=20.0, delta=1e-6))
+    memoised = AmplitudeEstimationResistant(key=SecretKey.from_os(), charges=charges, data_version="v1")
+
+    def answer() -> float:
+        return float(memoised.answer("q", lambda: value, sensitivity=_ONE, budget=_PRICE).value)
+
+    once = answer()
+    kept = mechanism_oracle([answer() for _ in range(16)], [1.0] * 16, low=20.0, high=200.0)
+    powers = doubling_powers(10)
+
+    def error(oracle: Any, target: float) -> float:
+        found = [estimate_amplitude(oracle, powers=powers, shots=50, rng=rng).answer for _ in range(9)]
+        return float(np.median(np.abs(np.array(found) - target)))
+
+    against_fresh, against_memo = error(fresh, value), error(kept, once)
+    # At 51,650 calls the error's deviation is about 0.02 of the scale; the median of nine never reaches 0.2.
+    yield Evidence(
+        name="amplitude estimation: fresh noise",
+        claim="Coherent calls of a mechanism that draws fresh noise find the true value: the threat is real.",
+        measured=f"median error {against_fresh:.3f}, where one answer's noise is 8",
+        bound="at most 0.2 (false alarm below 1e-9)",
+        holds=against_fresh <= 0.2,
+    )
+    yield Evidence(
+        name="amplitude estimation: memoised noise",
+        claim="Coherent calls of the memoised mechanism find its one answer, and so nothing that was not paid for.",
+        measured=f"median distance {against_memo:.3f} from the answer, which is {abs(once - value):.3f} off the value",
+        bound="at most 0.2 from the answer (false alarm below 1e-9)",
+        holds=against_memo <= 0.2,
+    )
+
+
+def _scale(name: str, values: npt.NDArray[Any], stddev: float) -> Evidence:
+    scaled = values.astype(np.float64) / stddev
+    score = float((np.mean(scaled**2) - 1.0) / math.sqrt(2.0 / scaled.size))
+    bound = _two_sided(FALSE_ALARM)
+    return Evidence(
+        name=name,
+        claim="The noise has the standard deviation that is charged for.",
+        measured=f"variance {np.mean(scaled**2):.5f} of the stated one, standard score {score:+.2f} ({scaled.size} numbers)",
+        bound=f"within ±{bound:.2f} (false alarm {FALSE_ALARM:g})",
+        holds=abs(score) <= bound,
+    )
+
+
+def _moved(l2: float) -> Sensitivity:
+    return Sensitivity(l2=l2, neighboring_relation=_ONE.neighboring_relation)
+
+
+def _two_sided(false_alarm: float) -> float:
+    from scipy.special import ndtri
+
+    return float(-ndtri(false_alarm / 2.0))
+
+
+def _delta_on_the_plane(epsilon: float, sigma: float, vector: tuple[int, int]) -> float:
+    reach = math.ceil(12 * sigma)
+    line = np.arange(-reach, reach + 1)
+    mass = np.exp(-0.5 * (line / sigma) ** 2)
+    mass /= mass.sum()
+    loss = [(v * v + 2.0 * v * line) / (2.0 * sigma**2) for v in vector]
+    joint = loss[0][:, None] + loss[1][None, :]
+    return float(np.sum(mass[:, None] * mass[None, :] * np.maximum(0.0, -np.expm1(epsilon - joint))))

@@ -1,0 +1,258 @@
+"""``LayeredNoise``: n parties add noise, and any h honest ones that stay to the end suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
+from dp_flash_attention.core.validation import non_negative_int, positive_int
+from dp_flash_attention.noise import NoiseKey, SecretKey
+from dp_flash_attention.noise.skellam import skellam
+from dp_flash_attention.quantum.exact_noise import noise_for
+from dp_flash_attention.quantum.generator_strength import (
+    generator_advantage,
+    quantum_security_bits,
+    secret_bits,
+    strength_assumptions,
+)
+from dp_flash_attention.quantum.grid import round_to_grid
+from dp_flash_attention.quantum.interface import Release, checked_request
+from dp_flash_attention.quantum.layered_plan import LayeredPlan, NoiseLaw, plan_layered
+from dp_flash_attention.quantum.values import Integers, unpack
+
+_CIPHER: Final = "aes-256-ctr"
+_KEY_BITS = 256
+
+
+class LayeredNoise:
+    """Sums one row a party. Each party adds a share of noise of variance σ²/h, so h shares make the whole.
+
+    A party that drops out takes its row and its share along; a dishonest one knows its share and can subtract it. What
+    is left as long as h honest parties stay is at least the planned noise. With more of them it is more: the surplus is
+    reported and stays (taking it out would need shares that only their owners know).
+
+    Args:
+        num_parties: n, at least h.
+        num_honest: h, how many honest parties must stay to the end.
+        law: ``"skellam"``, whose sums are exact, or ``"discrete_gaussian"``, less noise at the same ε, with the
+            closeness bound τ of its sums accounted.
+        grid: γ, a power of two, which all parties use; None for the default.
+        privacy_unit: What the sensitivity was derived for. A unit lies within one party's row.
+
+    Raises:
+        InvalidInputError: If a count or the law is out of range.
+
+    Guarantees:
+        * Neighbouring relation: that of the sensitivity. Privacy unit: ``privacy_unit``.
+        * Sensitivity: of the sum, Δ; Δ + γ√d after a row is rounded.
+        * Public: counts, law, grid, Δ, budget, share variance, who stayed. Secret: rows, and each party's key.
+        * Theorem: what an attacker cannot subtract is the sum of at least h honest shares, and more honest shares are
+          post-processing. Skellam: Agarwal, Kairouz & Liu 2021, Corollary 4.1. Discrete Gaussian: Kairouz, Liu & Steinke
+          2021, section 3. Each layer guards against another failure; their ε and bits are never added up.
+        * Not part of it: hiding a single party's message from the server (secure aggregation does that). Without it,
+          the server sees each row with one share of noise: the layer "own share".
+    """
+
+    name = "LayeredNoise"
+
+    def __init__(
+        self,
+        *,
+        num_parties: int,
+        num_honest: int,
+        law: NoiseLaw = "skellam",
+        grid: float | None = None,
+        privacy_unit: PrivacyUnit = PrivacyUnit.USER,
+    ) -> None:
+        self._n = positive_int("num_parties", num_parties, remedy="Count the parties.")
+        self._h = positive_int("num_honest", num_honest, remedy="Count those that must be honest and stay.")
+        if self._h > self._n:
+            raise InvalidInputError(
+                "num_honest", num_honest, bound=f"at most num_parties = {self._n}", remedy="Lower it."
+            )
+        if law not in ("skellam", "discrete_gaussian"):
+            raise InvalidInputError(
+                "law", law, bound="'skellam' or 'discrete_gaussian'", remedy="Use 'skellam'."
+            )
+        self._law: NoiseLaw = law
+        self._grid = grid
+        self._unit = privacy_unit
+
+    def plan(self, *, dimension: int, sensitivity: Sensitivity, budget: PrivacyBudget) -> LayeredPlan:
+        """Returns what every party adds. Spends and draws nothing.
+
+        Raises:
+            InvalidInputError: As ``plan_layered``.
+        """
+        sensitivity, budget = checked_request(sensitivity, budget)
+        d = positive_int("dimension", dimension, remedy="Count the coordinates.")
+        return plan_layered(
+            law=self._law,
+            num_parties=self._n,
+            num_honest=self._h,
+            dimension=d,
+            l2_sensitivity=sensitivity.l2,
+            budget=budget,
+            grid=self._grid,
+            advantage=generator_advantage(d, _KEY_BITS, _CIPHER),
+        )
+
+    def message(self, row: Any, plan: LayeredPlan, *, key: NoiseKey, step: int) -> Integers:
+        """Returns one party's rounded row with its share of noise, int64 [d], as that party sends it.
+
+        Args:
+            row: The party's d numbers, bounded by whoever derived the sensitivity.
+            plan: The common plan.
+            key: This party's own secret. A pair (key, step) is for one release only.
+            step: Number of the release.
+
+        Raises:
+            InvalidInputError: If the row has another length or is not finite.
+        """
+        unpacked = unpack(row)
+        if unpacked.vector.size != plan.dimension:
+            raise InvalidInputError(
+                "row",
+                f"{unpacked.vector.size} numbers",
+                bound=f"{plan.dimension} numbers",
+                remedy="See the plan.",
+            )
+        step = non_negative_int("step", step, remedy="Count releases from 0.")
+        subkey = key.derive("quantum.layered_noise")
+        if plan.law == "skellam":
+            noise = skellam(plan.dimension, variance=plan.share_variance, key=subkey, step=step)
+        else:
+            noise = noise_for(plan.share_variance).draw(subkey, plan.dimension, step=step)
+        return round_to_grid(unpacked.vector, plan.grid) + noise
+
+    def combine(
+        self,
+        messages: Mapping[int, Integers],
+        plan: LayeredPlan,
+        sensitivity: Sensitivity,
+        *,
+        key_bits: int = _KEY_BITS,
+    ) -> Release:
+        """Returns the sum of what the survivors sent, float64 [d].
+
+        Args:
+            messages: By party number, from those that stayed.
+            plan: The common plan.
+            sensitivity: For its relation.
+            key_bits: Secret bits of the weakest honest party's key, as the parties state it.
+
+        Raises:
+            InvalidInputError: If fewer than h stayed, a party is unknown, or a message has another length. Nothing is
+                released then.
+        """
+        if not all(isinstance(party, int) and 0 <= party < plan.num_parties for party in messages):
+            raise InvalidInputError(
+                "messages",
+                sorted(messages),
+                bound=f"from parties 0 to {plan.num_parties - 1}",
+                remedy="Drop them.",
+            )
+        if len(messages) < plan.num_honest:
+            raise InvalidInputError(
+                "survivors",
+                len(messages),
+                bound=f"at least the {plan.num_honest} whose noise the budget needs",
+                remedy="Repeat the round with the parties that are there, or plan with a smaller num_honest.",
+            )
+        total = np.zeros(plan.dimension, dtype=np.int64)
+        for message in messages.values():
+            if message.shape != total.shape or message.dtype != np.int64:
+                raise InvalidInputError(
+                    "message", message.shape, bound=f"int64 [{plan.dimension}]", remedy="Use message()."
+                )
+            total += message
+        return self._describe(
+            total.astype(np.float64) * plan.grid, plan, sensitivity, len(messages), key_bits
+        )
+
+    def release(
+        self,
+        value: Any,
+        sensitivity: Sensitivity,
+        budget: PrivacyBudget,
+        *,
+        keys: Sequence[NoiseKey] | None = None,
+    ) -> Release:
+        """Runs all parties in this process: sums the rows of ``value`` [n, d] with everyone's noise.
+
+        Args:
+            value: One row a party.
+            sensitivity: Of the sum.
+            budget: What h honest shares guarantee.
+            keys: One secret a party; fresh ones if None.
+
+        Raises:
+            InvalidInputError: If an argument is out of range.
+        """
+        shape: tuple[int, ...] = tuple(getattr(value, "shape", ()))
+        if len(shape) != 2 or shape[0] != self._n:
+            raise InvalidInputError(
+                "value",
+                tuple(shape),
+                bound=f"a matrix with {self._n} rows, one a party",
+                remedy="Stack the rows.",
+            )
+        plan = self.plan(dimension=int(shape[1]), sensitivity=sensitivity, budget=budget)
+        secrets = [SecretKey.from_os() for _ in range(self._n)] if keys is None else list(keys)
+        if len(secrets) != self._n:
+            raise InvalidInputError("keys", len(secrets), bound=f"{self._n} keys", remedy="One a party.")
+        messages = {
+            party: self.message(value[party], plan, key=secrets[party], step=0) for party in range(self._n)
+        }
+        return self.combine(messages, plan, sensitivity, key_bits=min(map(secret_bits, secrets)))
+
+    def _describe(
+        self, value: Any, plan: LayeredPlan, sensitivity: Sensitivity, survivors: int, key_bits: int
+    ) -> Release:
+        h = plan.num_honest
+        return Release(
+            value=value,
+            mechanism=self.name,
+            epsilon=plan.budget.epsilon,
+            delta=plan.delta,
+            rho=plan.rho,
+            noise_stddev=(survivors * float(plan.share_variance)) ** 0.5 * plan.grid,
+            grid=plan.grid,
+            guarantee=Guarantee(
+                neighboring_relation=sensitivity.neighboring_relation,
+                privacy_unit=self._unit,
+                sensitivity=f"{plan.l2_sensitivity:g} in L2; {plan.grid_sensitivity * plan.grid:g} after rounding",
+                public=(
+                    "counts of parties",
+                    "survivors",
+                    "law",
+                    "grid",
+                    "sensitivity",
+                    "budget",
+                    "share variance",
+                ),
+                theorem=f"sum of at least {h} honest shares of {plan.law.replace('_', ' ')} noise",
+                source="Agarwal, Kairouz & Liu 2021; Kairouz, Liu & Steinke 2021",
+            ),
+            quantum_security_bits=quantum_security_bits(key_bits, _CIPHER),
+            certified=(
+                f"({plan.budget.epsilon:g}, {plan.delta.total:.3g})-DP if at least {h} of the {survivors} survivors are "
+                "honest",
+                f"realised noise: {survivors} shares, {survivors / h:.3g} times the planned variance",
+            ),
+            estimated=(),
+            assumed=(
+                f"At least {h} survivors drew their share as planned and keep it secret.",
+                "The sensitivity passed in holds for the sum of the rows, and a unit lies within one row.",
+                *strength_assumptions(key_bits, _CIPHER),
+            ),
+            layers=(
+                plan.layer(f"the server and all but {h} survivors collude", h),
+                plan.layer("nobody who took part; an outsider sees the result", survivors),
+                plan.layer("the server and every other party collude: the party's own share is left", 1),
+            ),
+        )

@@ -1,0 +1,61 @@
+"""The key of memoised noise, in a file: the same file gives the same answers after a restart."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import stat
+from pathlib import Path
+
+from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.noise import SecretKey
+
+_MAGIC = b"dpfa-memo-key-v1\n"
+_CHECK_BYTES = 16
+_KEY_BYTES = 32
+
+
+def create_memo_key(path: Path) -> SecretKey:
+    """Writes a fresh key to ``path`` with mode 600 and returns it. Never overwrites.
+
+    Raises:
+        FileExistsError: If ``path`` exists.
+        NoiseUnavailableError: If the system gives no secure entropy.
+    """
+    key = SecretKey.from_os()
+    content = _MAGIC + key.export() + _check(key.export())
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return key
+
+
+def load_memo_key(path: Path) -> SecretKey:
+    """Returns the key that ``create_memo_key`` wrote.
+
+    Raises:
+        FileNotFoundError: If there is none. A new key would answer old queries with new noise, so none is made.
+        InvalidInputError: If the file is foreign, cut off, altered, or readable by other users.
+    """
+    remedy = (
+        "Restore the file from its backup; create_memo_key starts anew, at the price of every answer so far."
+    )
+    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise InvalidInputError(
+            "memo key file", str(path), bound="readable by its owner alone", remedy=f"Run: chmod 600 {path}"
+        )
+    content = path.read_bytes()
+    key = content[len(_MAGIC) : len(_MAGIC) + _KEY_BYTES]
+    whole = len(content) == len(_MAGIC) + _KEY_BYTES + _CHECK_BYTES and content.startswith(_MAGIC)
+    if not whole or not hmac.compare_digest(_check(key), content[-_CHECK_BYTES:]):
+        raise InvalidInputError(
+            "memo key file", str(path), bound="a memo key as create_memo_key writes it", remedy=remedy
+        )
+    return SecretKey.from_bytes(key)
+
+
+def _check(key: bytes) -> bytes:
+    return hashlib.sha3_256(_MAGIC + key).digest()[:_CHECK_BYTES]

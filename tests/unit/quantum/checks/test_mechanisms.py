@@ -1,0 +1,163 @@
+"""The checks hold, and each one fails when what it looks at is broken on purpose."""
+
+import numpy as np
+import pytest
+
+from dp_flash_attention.quantum import (
+    amplitude_estimation_resistant,
+    exact_noise,
+    gaussian_plan,
+    layered_noise,
+    post_quantum_gaussian,
+)
+from dp_flash_attention.quantum.amplitude_estimation_resistant import AmplitudeEstimationResistant
+from dp_flash_attention.quantum.checks import mechanisms
+from dp_flash_attention.quantum.evidence import run_checks
+
+
+def rows(check, *arguments):
+    return {row.name: row for row in check(*arguments)}
+
+
+def failing(check, *arguments):
+    return [name for name, row in rows(check, *arguments).items() if not row.holds]
+
+
+def test_every_check_holds_and_shows_something():
+    results = list(run_checks(mechanisms.mechanisms_checks()))
+    assert len(results) == 9
+    assert [row for result in results for row in result.rows if not row.holds] == []
+    assert sum(len(result.rows) for result in results) == 20
+
+
+def test_an_accountant_that_undercharges_fails(monkeypatch):
+    true = mechanisms.discrete_gaussian_delta
+    monkeypatch.setattr(mechanisms, "discrete_gaussian_delta", lambda **k: 0.99 * true(**k))
+    assert "PostQuantumGaussian: δ of one coordinate" in failing(mechanisms.delta_by_independent_code)
+    monkeypatch.setattr(
+        mechanisms, "discrete_gaussian_delta", lambda **k: true(**{**k, "sigma": 1.5 * k["sigma"]})
+    )
+    assert len(failing(mechanisms.delta_by_independent_code)) == 2
+
+
+def test_rounding_left_out_fails(monkeypatch):
+    monkeypatch.setattr(
+        gaussian_plan,
+        "sensitivity_on_grid",
+        lambda sensitivity, grid, dimension, *, whole: sensitivity / grid,
+    )
+    gaussian_plan.plan_gaussian.cache_clear()
+    assert failing(mechanisms.rounding_is_accounted) == ["PostQuantumGaussian: rounding"]
+    gaussian_plan.plan_gaussian.cache_clear()
+
+
+def test_no_clip_fails(monkeypatch):
+    monkeypatch.setattr(post_quantum_gaussian, "_projected", lambda vector, clip: vector)
+    assert failing(mechanisms.clipping_bounds_the_sum) == ["PostQuantumGaussian: clipping"]
+
+
+@pytest.mark.parametrize("wrong", [0, 0.5, 0.9, 1.1])
+def test_noise_of_another_scale_fails(monkeypatch, wrong):
+    draw = exact_noise.ExactNoise.draw
+    monkeypatch.setattr(
+        exact_noise.ExactNoise,
+        "draw",
+        lambda *a, **k: np.rint(wrong * draw(*a, **k)).astype(np.int64),
+    )
+    assert len(failing(mechanisms.noise_scale, 20_000)) == 2
+
+
+def without(label_index, monkeypatch):
+    original = amplitude_estimation_resistant.keyed_shake256
+
+    def careless(key, *fields, domain, num_bytes):
+        if domain == b"dpfa.memo.label.v1":
+            fields = fields[:label_index] + fields[label_index + 1 :]
+        return original(key, *fields, domain=domain, num_bytes=num_bytes)
+
+    monkeypatch.setattr(amplitude_estimation_resistant, "keyed_shake256", careless)
+
+
+def test_a_memo_key_reused_across_data_versions_fails(monkeypatch):
+    without(1, monkeypatch)
+    assert failing(mechanisms.memo) == ["AmplitudeEstimationResistant: data versions"]
+
+
+def test_a_memo_that_ignores_the_epoch_fails(monkeypatch):
+    without(0, monkeypatch)
+    assert failing(mechanisms.memo) == ["AmplitudeEstimationResistant: epochs"]
+
+
+def test_noise_that_is_not_memoised_fails(monkeypatch):
+    noise = AmplitudeEstimationResistant._noise
+
+    def fresh(self, label, counts, plan):
+        return noise(self, mechanisms.SecretKey.from_os().export(), counts, plan)
+
+    monkeypatch.setattr(AmplitudeEstimationResistant, "_noise", fresh)
+    assert "AmplitudeEstimationResistant: repeats" in failing(mechanisms.memo)
+    assert failing(mechanisms.amplitude_estimation) == ["amplitude estimation: memoised noise"]
+
+
+def test_changed_data_that_are_answered_fail(monkeypatch):
+    monkeypatch.setattr(AmplitudeEstimationResistant, "_commit", lambda *a: None)
+    assert failing(mechanisms.memo) == ["AmplitudeEstimationResistant: changed data"]
+
+
+def test_an_attacker_that_learns_nothing_fails(monkeypatch):
+    # A check that could not see the threat would not see the protection either.
+    monkeypatch.setattr(mechanisms, "doubling_powers", lambda rounds: (0,))
+    assert "amplitude estimation: fresh noise" in failing(mechanisms.amplitude_estimation)
+
+
+def test_kleins_sampler_with_one_sigma_for_all_coordinates_fails(monkeypatch):
+    lattice_type = type(mechanisms.lattice_from_rows([[1]]))
+    klein = lattice_type.klein
+
+    def careless(self, centre, variance, coins):
+        return klein(self, centre, variance * self.squared_norms[0] / 2, coins)
+
+    monkeypatch.setattr(lattice_type, "klein", careless)
+    assert failing(mechanisms.klein, 1500) == ["LatticeGaussian: Klein's sampler"]
+
+
+def test_shares_of_one_nth_fail(monkeypatch):
+    true = layered_noise.plan_layered
+
+    def careless(**arguments):
+        import dataclasses
+        from fractions import Fraction
+
+        plan = true(**arguments)
+        thin = Fraction(plan.num_honest, plan.num_parties)
+        return dataclasses.replace(plan, share_variance=plan.share_variance * thin)
+
+    monkeypatch.setattr(layered_noise, "plan_layered", careless)
+    assert failing(mechanisms.layered, 2000) == [
+        "LayeredNoise: ε of 4 honest shares, skellam",
+        "LayeredNoise: ε of 4 honest shares, discrete gaussian",
+    ]
+
+
+def test_less_noise_than_planned_fails(monkeypatch):
+    draw = exact_noise.ExactNoise.draw
+    monkeypatch.setattr(exact_noise.ExactNoise, "draw", lambda *a, **k: draw(*a, **k) // 2)
+    assert failing(mechanisms.layered, 20_000) == ["LayeredNoise: 4 honest of 6, discrete gaussian"]
+
+
+def test_another_skellam_table_another_bound_and_another_tau_fail(monkeypatch):
+    table, rdp, tau = (
+        mechanisms.skellam_table,
+        mechanisms.skellam_rdp,
+        mechanisms.summed_discrete_gaussian_tau,
+    )
+    from fractions import Fraction
+
+    monkeypatch.setattr(mechanisms, "skellam_table", lambda variance: table(variance * Fraction(101, 100)))
+    monkeypatch.setattr(mechanisms, "skellam_rdp", lambda *a, **k: 0.9 * rdp(*a, **k))
+    monkeypatch.setattr(mechanisms, "summed_discrete_gaussian_tau", lambda **k: 0.02 * tau(**k))
+    assert failing(mechanisms.summed_laws) == [
+        "Skellam: table, μ = 100",
+        "Skellam: Rényi bound",
+        "summed discrete Gaussians: τ",
+    ]

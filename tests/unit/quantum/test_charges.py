@@ -1,0 +1,47 @@
+import math
+
+import pytest
+
+from dp_flash_attention.accounting import concentrated_delta
+from dp_flash_attention.core.errors import BudgetExhaustedError, InvalidInputError
+from dp_flash_attention.core.privacy import PrivacyBudget
+from dp_flash_attention.quantum.charges import ConcentratedBudget
+
+TOTAL = PrivacyBudget(epsilon=1.0, delta=1e-6)
+
+
+def test_the_limit_keeps_to_the_total_and_is_not_wasteful():
+    limit = ConcentratedBudget(TOTAL).limit_rho
+    assert concentrated_delta(epsilon=1.0, rho=limit) <= 1e-6
+    assert concentrated_delta(epsilon=1.0, rho=limit * 1.01) > 0.99e-6
+
+
+def test_prices_are_rounded_up_and_the_last_millionth_counts():
+    book = ConcentratedBudget(TOTAL)
+    book.charge(rho=1e-9, distance=0.0)
+    assert book.spent_rho == 1e-6
+    with pytest.raises(BudgetExhaustedError, match="nothing was computed or spent"):
+        book.charge(rho=book.limit_rho, distance=0.0)
+    assert book.spent_rho == 1e-6
+    book.charge(rho=book.limit_rho - 2e-6, distance=0.0)
+    with pytest.raises(BudgetExhaustedError):
+        book.charge(rho=2e-6, distance=0.0)
+
+
+def test_distances_of_finite_precision_are_a_budget_of_their_own():
+    book = ConcentratedBudget(TOTAL)
+    with pytest.raises(BudgetExhaustedError):
+        book.charge(rho=1e-6, distance=1e-8)
+    limit = 0.01 * 1e-6 / (1 + math.e)
+    book.charge(rho=1e-6, distance=0.9 * limit)
+    with pytest.raises(BudgetExhaustedError):
+        book.charge(rho=1e-6, distance=0.2 * limit)
+
+
+@pytest.mark.parametrize(
+    ("rho", "distance"),
+    [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (math.inf, 0.0), (0.1, -1.0), (0.1, math.nan)],
+)
+def test_what_is_no_price_is_refused(rho, distance):
+    with pytest.raises(InvalidInputError, match="charge"):
+        ConcentratedBudget(TOTAL).charge(rho=rho, distance=distance)

@@ -1,0 +1,76 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.quantum.grid import (
+    checked_grid,
+    default_grid,
+    round_to_grid,
+    sensitivity_on_grid,
+)
+
+
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=12),
+    st.lists(st.floats(-1, 1), min_size=12, max_size=12),
+    st.integers(-6, 2),
+)
+def test_rounded_neighbours_are_never_further_apart_than_accounted(value, move, power):
+    first = np.array(value)
+    second = first + np.array(move[: len(first)])
+    grid, apart = 2.0**power, float(np.linalg.norm(first - second))
+    moved = float(np.linalg.norm(round_to_grid(first, grid) - round_to_grid(second, grid)))
+    assert moved <= sensitivity_on_grid(max(apart, 1e-9), grid, len(first), whole=False) + 1e-9
+
+
+def test_the_bound_is_attained_so_leaving_rounding_out_would_be_noticed():
+    # 16 coordinates just below and just above a half: rounding moves each by a whole step.
+    below, above = np.full(16, 0.5 - 1e-9), np.full(16, 0.5 + 1e-9)
+    moved = float(np.linalg.norm(round_to_grid(above, 1.0) - round_to_grid(below, 1.0)))
+    assert moved == 4.0
+    apart = float(np.linalg.norm(above - below))
+    assert moved > apart / 1.0
+    assert moved <= sensitivity_on_grid(apart, 1.0, 16, whole=False) + 1e-9
+
+
+@given(st.floats(1e-6, 1e6), st.integers(1, 10**7))
+def test_the_default_grid_adds_at_most_a_sixty_fourth(sensitivity, dimension):
+    grid = default_grid(sensitivity, dimension, whole=False)
+    assert math.frexp(grid)[0] == 0.5
+    assert grid * math.sqrt(dimension) <= sensitivity / 64
+    assert checked_grid(grid, sensitivity, dimension, whole=False) == grid
+    assert sensitivity_on_grid(sensitivity, grid, dimension, whole=False) * grid <= sensitivity * (
+        1 + 1 / 64 + 1e-9
+    )
+
+
+def test_whole_numbers_on_their_own_grid_pay_nothing_for_rounding():
+    assert default_grid(1.0, 100, whole=True) == 1.0
+    assert sensitivity_on_grid(1.0, 1.0, 100, whole=True) == pytest.approx(1.0, rel=1e-12)
+    assert sensitivity_on_grid(1.0, 0.5, 100, whole=True) == pytest.approx(2.0, rel=1e-12)
+    # √(⌊2.9²⌋) = √8: whole-numbered vectors have whole squared distances.
+    assert sensitivity_on_grid(2.9, 1.0, 100, whole=True) == pytest.approx(math.sqrt(8), rel=1e-9)
+    # On a wider grid they are rounded like any other number.
+    assert sensitivity_on_grid(4.0, 2.0, 1, whole=True) == pytest.approx(3.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("grid", [0.3, 3.0, 0.0, -1.0, math.nan, math.inf, "1", True, 2.0**-600])
+def test_what_is_no_power_of_two_is_refused(grid):
+    with pytest.raises(InvalidInputError, match="grid"):
+        checked_grid(grid, 1e9, 1, whole=False)
+
+
+def test_a_grid_that_drowns_the_sensitivity_is_refused():
+    assert checked_grid(0.125, 1.0, 64, whole=False) == 0.125
+    with pytest.raises(InvalidInputError, match="rounding 64 coordinates adds as much as the sensitivity"):
+        checked_grid(0.25, 1.0, 64, whole=False)
+
+
+def test_a_value_beyond_the_grid_is_refused_without_showing_it():
+    with pytest.raises(InvalidInputError) as error:
+        round_to_grid(np.array([1.0, 123456789.0]), 2.0**-40)
+    assert "123456789" not in str(error.value)

@@ -1,0 +1,53 @@
+import os
+
+import pytest
+
+from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.quantum.memo_key import create_memo_key, load_memo_key
+
+
+def test_the_same_file_gives_the_same_key(tmp_path):
+    path = tmp_path / "memo.key"
+    key = create_memo_key(path)
+    assert load_memo_key(path) == key
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert create_memo_key(tmp_path / "other.key") != key
+
+
+def test_nothing_is_ever_overwritten_or_made_up(tmp_path):
+    path = tmp_path / "memo.key"
+    create_memo_key(path)
+    with pytest.raises(FileExistsError):
+        create_memo_key(path)
+    with pytest.raises(FileNotFoundError):
+        load_memo_key(tmp_path / "missing.key")
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "grow", "foreign", "empty"])
+def test_a_corrupt_or_foreign_file_is_refused(tmp_path, change):
+    path = tmp_path / "memo.key"
+    create_memo_key(path)
+    content = bytearray(path.read_bytes())
+    if change == "flip":
+        content[25] ^= 1
+    path.write_bytes(
+        {
+            "flip": bytes(content),
+            "cut": bytes(content[:-1]),
+            "grow": bytes(content) + b"x",
+            "foreign": b"-----BEGIN PRIVATE KEY-----" + bytes(60),
+            "empty": b"",
+        }[change]
+    )
+    with pytest.raises(InvalidInputError, match="memo key file") as error:
+        load_memo_key(path)
+    assert bytes(content[20:30]).hex() not in str(error.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+def test_a_key_that_others_can_read_is_refused(tmp_path):
+    path = tmp_path / "memo.key"
+    create_memo_key(path)
+    path.chmod(0o640)
+    with pytest.raises(InvalidInputError, match="chmod 600"):
+        load_memo_key(path)

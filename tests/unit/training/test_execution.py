@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.training import ExecutionConfig
+
+
+@pytest.mark.parametrize("name", ["microbatch_size", "num_threads", "checkpoint_every"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_settings_of_speed_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=name):
+        ExecutionConfig(**{name: value})
+    assert getattr(ExecutionConfig(**{name: 1}), name) == 1
