@@ -13,6 +13,7 @@ import triton
 from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, RowNorms
 from dp_flash_attention.attention.kernels.backend import make_backend
 from dp_flash_attention.attention.kernels.launch import attention_forward
+from dp_flash_attention.attention.noising import add_noise, noise_path
 from dp_flash_attention.attention.reference import reference_attention, reference_noise
 from dp_flash_attention.clipping import norms
 from dp_flash_attention.clipping.kernels import gram_norm, outer_norm
@@ -107,6 +108,16 @@ def test_attention_is_the_reference_and_the_noise(queries, rows, causal, hides, 
     assert error <= (3e-5 if dtype is torch.float32 else 2 * (2 * 2.0**-9 * 3 + 2 * 2.0**-9))
     again, _ = attention_forward(call, factors=factors)
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("name", ["secure", "fast"])
+def test_noise_added_to_another_kernel_s_output(name):
+    call = make_call(300, 40, 64, torch.float32, causal=False, hides=False, name=name)
+    exact = torch.randn(2, 4, 300, 64, device="cuda")
+    assert noise_path(exact, call.noise) == "triton"
+    got = add_noise(exact, call.stddev, call.noise, torch.float32)
+    want = exact.cpu().double() + reference_noise(call)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=2e-6, atol=2.0**-21)
 
 
 def test_long_contexts_and_the_back_end_s_own_choice():

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, RowNorms
-from dp_flash_attention.attention.kernels import launch
+from dp_flash_attention.attention.kernels import add_noise, launch
 from dp_flash_attention.noise import SecureNormalGenerator, TestKey
 from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels import writer
@@ -97,6 +97,14 @@ def attention(kernel, shapes, dtypes):
     return {"compiled": len(kernel.compiled)}
 
 
+def added_noise(kernel, dtypes):
+    key = KernelKey(cipher="chacha20", words=(2**32 - 1,) * 8, step=0)
+    for shape, dtype in itertools.product(((1, 1, 1, 1), (2, 3, 300, 64)), dtypes):
+        out = torch.zeros(shape, dtype=dtype)
+        add_noise.add_noise_on_device(out, out, torch.ones(()).expand(shape[:3]), key)
+    return {"compiled": len(kernel.compiled)}
+
+
 def norms(module, name, kernel):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for size, rows, inputs, outputs in ((1, 1, 1, 1), (2, 17, 5, 3), (2, 129, 64, 128)):
@@ -111,6 +119,8 @@ def main():
     found = {"noise": noise(compile_only(writer, "write_normals_kernel"))}
     forward = compile_only(launch, "dp_attention_fwd_kernel")
     compile_only(launch, "row_factors_kernel")
+    adding = compile_only(add_noise, "add_noise_kernel")
+    found["added noise"] = added_noise(adding, (torch.float32, torch.bfloat16, torch.float16))
     if sys.argv[1:] == ["--all"]:
         shapes = [
             (1, 1, 1, 1, 1, 1, 16, False),

@@ -63,6 +63,7 @@ def test_the_launchers_ask_for_the_same_kernel_whatever_the_key(tmp_path):
     # A variant for each key would be compiled in the middle of training, and its name would tell of the key.
     assert found["noise"] == {"variants": 1, "types": ["u32", "u32", "u32", "u64"]}
     assert found["attention"] == {"compiled": 2}
+    assert found["added noise"] == {"compiled": 6}
 
 
 @pytest.mark.slow

@@ -111,6 +111,16 @@ class CallNoise:
             )
         return number
 
+    def peek(self, call_id: int | None = None) -> NoiseStream:
+        """Returns what ``claim`` would, without taking the number: to ask a back end whether it can make the noise.
+
+        Never release with it: the number is still free for another call.
+
+        Raises:
+            NoiseReuseError: As in ``check``.
+        """
+        return self._stream(self.check(call_id))
+
     def claim(self, call_id: int | None = None) -> NoiseStream:
         """Takes a number, and with it all lower ones, for one call.
 
@@ -123,6 +133,9 @@ class CallNoise:
         with self._lock:
             number = self.check(call_id)
             self._next_call = number + 1
+        return self._stream(number)
+
+    def _stream(self, number: int) -> NoiseStream:
         return NoiseStream(
             key=self._key, name=self._name, cipher=self._cipher, call_id=number, generator=self._generator
         )

@@ -175,8 +175,9 @@ def release_attention(
         causal=plan.is_causal,
         hidden=hidden,
         null_rows=float(plan.bounds.null_rows),
-        stddev=None,
-        noise=None,
+        stddev=plan.stddev,
+        # A back end that cannot make this noise has to refuse now: after the spending it is too late.
+        noise=noise.peek(call_id),
         out_dtype=out_type,
     )
     chosen = choose_backend(backend, call, rounding=plan.bounds.rounding)
@@ -191,7 +192,7 @@ def release_attention(
             )
         privacy_filter.spend(plan.mu)
     stream = noise.claim(number if call_id is not None else None)
-    output = chosen.release(replace(call, stddev=plan.stddev, noise=stream))
+    output = chosen.release(replace(call, noise=stream))
     release = Release(
         plan=plan,
         call_id=stream.call_id,

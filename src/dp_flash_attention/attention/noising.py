@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from dp_flash_attention.attention.interface import NoiseStream
+from dp_flash_attention.noise.device import has_triton
+from dp_flash_attention.noise.targets import runs_on_kernel
 
 
 def add_noise(exact: Tensor, stddev: Tensor, noise: NoiseStream, out_dtype: torch.dtype) -> Tensor:
@@ -26,6 +30,16 @@ def add_noise(exact: Tensor, stddev: Tensor, noise: NoiseStream, out_dtype: torc
     return (exact.to(torch.float32) + z).to(out_dtype).contiguous()
 
 
+def noise_path(out: Tensor, noise: NoiseStream) -> Literal["triton", "host"]:
+    """Returns where the noise of ``out`` is made: by one kernel on its device, or by the CPU's generator.
+
+    The kernel needs a CUDA device, triton, and a cipher other than AES. The numbers are the same up to their last bits;
+    by the host, a head's output goes there and back.
+    """
+    has_kernel = noise.name == "fast" or noise.cipher == "chacha20"
+    return "triton" if has_kernel and runs_on_kernel(out) and has_triton() else "host"
+
+
 def add_noise_into(
     out: Tensor, exact: Tensor, stddev: Tensor, noise: NoiseStream, *, entry: int = 0, head: int = 0
 ) -> None:
@@ -39,6 +53,12 @@ def add_noise_into(
         entry: First batch entry of the slice.
         head: First head of the slice.
     """
+    if noise_path(out, noise) == "triton":
+        from dp_flash_attention.attention.kernels.add_noise import add_noise_on_device
+        from dp_flash_attention.attention.kernels.launch import kernel_key
+
+        add_noise_on_device(out, exact, stddev, kernel_key(noise), entry=entry, head=head)
+        return
     on_host = out.dtype is torch.float32 and out.device.type == "cpu"
     for b in range(exact.shape[0]):
         for h in range(exact.shape[1]):

@@ -18,12 +18,12 @@ differentially private learners", section 4 (gram form).
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
+
+from dp_flash_attention.noise.device import has_triton
 
 # Scratch for one chunk of work, bytes. 16 MiB keeps two tiles in the last-level cache of the
 # machines measured (32 MiB L3) and is small beside any model's activations.
@@ -149,16 +149,11 @@ def norm_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
     torch, which gives the same norms up to rounding and needs scratch for its products: slower, and no less exact.
     """
     fits = x_BTD.dtype == g_BTP.dtype and x_BTD.dtype in _KERNEL_DTYPES
-    return "triton" if fits and _is_on_gpu(x_BTD) and _has_triton() else "torch"
+    return "triton" if fits and _is_on_gpu(x_BTD) and has_triton() else "torch"
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from dp_flash_attention.core.errors import DependencyMissingError
@@ -34,6 +36,12 @@ class KernelKey:
     def __repr__(self) -> str:
         """Says what it is and never what it holds."""
         return f"KernelKey({self.cipher!r}, step={self.step}, <secret words>)"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def require_triton(purpose: str) -> None:
