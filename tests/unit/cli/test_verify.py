@@ -2,12 +2,20 @@
 
 import json
 import os
+import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from dp_flash_attention.cli.main import main
-from dp_flash_attention.noise import DiscreteGaussianTable, discrete_gaussian_layers, secure
+from dp_flash_attention.noise import (
+    DiscreteGaussianGenerator,
+    DiscreteGaussianTable,
+    discrete_gaussian_layers,
+    secure,
+)
+from dp_flash_attention.noise.discrete_gaussian_scan import TableScan
 from dp_flash_attention.quantum.checks import statistics, timing
 
 
@@ -84,16 +92,50 @@ def fault(monkeypatch, name):
     if name == "entropy source stuck":
         monkeypatch.setattr(os, "urandom", lambda n: (b"ab" * n)[:n])
         return "entropy"
+    if name == "shared sign bit":
+        draw = TableScan.draw
+
+        def shared(self, tiles, num, read_overflow):
+            values = draw(self, tiles, num, read_overflow)
+            signs = np.where(values[: num // 2 * 2 : 2] < 0, -1, 1)
+            values[: num // 2 * 2] = np.abs(values[: num // 2 * 2]) * np.repeat(signs, 2)
+            return values
+
+        monkeypatch.setattr(TableScan, "draw", shared)
+        monkeypatch.setattr(statistics, "_NUM", 300_000)
+        return "statistics"
+    if name == "timing leak":
+        fill = DiscreteGaussianGenerator.fill_
+
+        def leaking(self, out, *, step, stream):
+            fill(self, out, step=step, stream=stream)
+            until = time.perf_counter_ns() + 100_000 * abs(int(out))
+            while time.perf_counter_ns() < until:
+                pass
+            return out
+
+        monkeypatch.setattr(DiscreteGaussianGenerator, "fill_", leaking)
+        monkeypatch.setattr(timing, "_CALLS", 500)
+        return "timing"
     raise AssertionError(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["biased table", "32-bit table", "k = 8 convolution", "reused nonce", "entropy source stuck"]
+    "name",
+    [
+        "biased table",
+        "32-bit table",
+        "shared sign bit",
+        "reused nonce",
+        "k = 8 convolution",
+        "entropy source stuck",
+        "timing leak",
+    ],
 )
 def test_a_fault_in_the_library_ends_in_exit_code_1(monkeypatch, capsys, name):
-    """Shared sign bits and value-dependent time are planted in the tests of their checks: they take samples."""
     subject = fault(monkeypatch, name)
     assert run(*only(subject)) == 1
     assert "FAILS" in capsys.readouterr().out
     assert run("--json", *only(subject)) == 1
-    assert json.loads(capsys.readouterr().out)["holds"] is False
+    found = json.loads(capsys.readouterr().out)
+    assert found["holds"] is False
