@@ -43,7 +43,9 @@ def checked_grid(grid: object, l2_sensitivity: float, dimension: int, *, whole: 
     """
     number = positive_finite("grid", grid, remedy=_GRID_REMEDY)
     if math.frexp(number)[0] != 0.5 or not 2.0**-500 < number < 2.0**500:
-        raise InvalidInputError("grid", grid, bound="a power of two (exact in floats)", remedy=_GRID_REMEDY)
+        raise InvalidInputError(
+            "grid", grid, bound="a power of two from 2^-499 to 2^499", remedy=_GRID_REMEDY
+        )
     added = 0.0 if lies_on_grid(number, whole=whole) else number * math.sqrt(dimension)
     if added > l2_sensitivity:
         raise InvalidInputError(

@@ -163,13 +163,15 @@ class PostQuantumGaussian:
         Raises:
             InvalidInputError: As ``release``; or if ``rows`` is no matrix.
         """
-        if getattr(rows, "ndim", None) != 2:
+        shape: tuple[int, ...] = tuple(getattr(rows, "shape", ()))
+        if len(shape) != 2 or shape[1] == 0:
             raise InvalidInputError(
                 "rows", type(rows).__name__, bound="a matrix [n, d]", remedy="One row a unit."
             )
         clip = positive_finite("l2_clip_norm", l2_clip_norm, remedy="It is the largest norm of one row.")
-        unpacked = unpack(rows)
-        matrix = unpacked.vector.reshape(rows.shape)
+        # No row at all is a sum like any other: refusing it would tell that there was none.
+        unpacked = unpack(rows) if shape[0] else None
+        matrix = np.zeros(shape) if unpacked is None else unpacked.vector.reshape(shape)
         times = 2.0 if neighboring_relation is NeighboringRelation.REPLACE_ONE else 1.0
         # A clipped row is at most C long, and its rounding adds γ√d/2; ``plan`` adds γ√d for two rounded vectors, which
         # covers one row (add/remove) and both rows (replace).
@@ -193,7 +195,12 @@ class PostQuantumGaussian:
                     "rows", "not shown", bound="a sum below 2^52 grid steps", remedy="Widen the grid."
                 )
         noisy = self._add_noise(total, plan)
-        like = rows[0] if matrix.shape[0] else rows.reshape(-1)
+        # A row's kind, shape and dtype, without its numbers.
+        like = (
+            rows.new_zeros(shape[1])
+            if isinstance(rows, torch.Tensor)
+            else np.zeros(shape[1], dtype=rows.dtype)
+        )
         return self._describe(unpack(like).restore(noisy), plan, neighboring_relation)
 
     def _add_noise(self, counts: Integers, plan: GaussianPlan) -> Vector:
