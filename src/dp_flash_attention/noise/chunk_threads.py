@@ -32,7 +32,11 @@ class ChunkThreads(Generic[WorkerT]):
         lock = Lock()
 
         def drain() -> None:
-            worker = self._idle.pop() if self._idle else self._make_worker()
+            # Asking first whether there is one would race with the other threads.
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                worker = self._make_worker()
             while True:
                 with lock:
                     start = next(starts, None)

@@ -2,12 +2,21 @@
 
 import json
 import os
+import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from dp_flash_attention.cli.main import main
-from dp_flash_attention.noise import DiscreteGaussianTable, discrete_gaussian_layers, secure
+from dp_flash_attention.noise import (
+    DiscreteGaussianGenerator,
+    DiscreteGaussianTable,
+    discrete_gaussian,
+    discrete_gaussian_layers,
+    secure,
+)
+from dp_flash_attention.noise.discrete_gaussian_scan import TableScan
 from dp_flash_attention.quantum.checks import statistics, timing
 
 
@@ -52,48 +61,86 @@ def test_an_unknown_subject_is_one_line(capsys):
     assert "subject is 'magic'" in capsys.readouterr().err
 
 
-def fault(monkeypatch, name):
+def biased_table(monkeypatch):
     build = discrete_gaussian_layers.build_table
-    if name == "biased table":
 
-        def biased(variance):
-            masses = list(build(variance).masses)
-            masses[0], masses[1] = masses[0] - 2**60, masses[1] + 2**60
-            return DiscreteGaussianTable(variance=variance, precision_bits=128, masses=tuple(masses))
+    def biased(variance):
+        masses = list(build(variance).masses)
+        masses[0], masses[1] = masses[0] - 2**60, masses[1] + 2**60
+        return DiscreteGaussianTable(variance=variance, precision_bits=128, masses=tuple(masses))
 
-        monkeypatch.setattr(discrete_gaussian_layers, "build_table", biased)
-        return "tables"
-    if name == "32-bit table":
+    monkeypatch.setattr(discrete_gaussian_layers, "build_table", biased)
 
-        def coarse(variance):
-            masses = tuple(mass << 96 for mass in build(variance, precision_bits=32).masses)
-            return DiscreteGaussianTable(variance=variance, precision_bits=128, masses=masses)
 
-        monkeypatch.setattr(discrete_gaussian_layers, "build_table", coarse)
-        return "tables"
-    if name == "k = 8 convolution":
-        careless = discrete_gaussian_layers.Layers(variances=(Fraction(36), Fraction(36)), multiplier=8)
-        monkeypatch.setattr(
-            "dp_flash_attention.noise.discrete_gaussian.plan_layers", lambda variance, max_distance: careless
-        )
-        return "tables"
-    if name == "reused nonce":
-        step_key = secure._step_key
-        monkeypatch.setattr(secure, "_step_key", lambda key, step: step_key(key, 0))
-        return "ciphers"
-    if name == "entropy source stuck":
-        monkeypatch.setattr(os, "urandom", lambda n: (b"ab" * n)[:n])
-        return "entropy"
-    raise AssertionError(name)
+def table_of_32_bits(monkeypatch):
+    build = discrete_gaussian_layers.build_table
+
+    def coarse(variance):
+        masses = tuple(mass << 96 for mass in build(variance, precision_bits=32).masses)
+        return DiscreteGaussianTable(variance=variance, precision_bits=128, masses=masses)
+
+    monkeypatch.setattr(discrete_gaussian_layers, "build_table", coarse)
+
+
+def careless_convolution(monkeypatch):
+    careless = discrete_gaussian_layers.Layers(variances=(Fraction(36), Fraction(36)), multiplier=8)
+    monkeypatch.setattr(discrete_gaussian, "plan_layers", lambda variance, max_distance: careless)
+
+
+def reused_nonce(monkeypatch):
+    step_key = secure._step_key
+    monkeypatch.setattr(secure, "_step_key", lambda key, step: step_key(key, 0))
+
+
+def stuck_entropy(monkeypatch):
+    monkeypatch.setattr(os, "urandom", lambda n: (b"ab" * n)[:n])
+
+
+def shared_sign_bit(monkeypatch):
+    draw = TableScan.draw
+
+    def shared(self, tiles, num, read_overflow):
+        values = draw(self, tiles, num, read_overflow)
+        pairs = values[: num // 2 * 2]
+        pairs[:] = np.abs(pairs) * np.repeat(np.where(pairs[::2] < 0, -1, 1), 2)
+        return values
+
+    monkeypatch.setattr(TableScan, "draw", shared)
+    monkeypatch.setattr(statistics, "_NUM", 300_000)
+
+
+def timing_leak(monkeypatch):
+    fill = DiscreteGaussianGenerator.fill_
+
+    def leaking(self, out, *, step, stream):
+        fill(self, out, step=step, stream=stream)
+        until = time.perf_counter_ns() + 100_000 * abs(int(out))
+        while time.perf_counter_ns() < until:
+            pass
+        return out
+
+    monkeypatch.setattr(DiscreteGaussianGenerator, "fill_", leaking)
+    monkeypatch.setattr(timing, "_CALLS", 500)
 
 
 @pytest.mark.parametrize(
-    "name", ["biased table", "32-bit table", "k = 8 convolution", "reused nonce", "entropy source stuck"]
+    ("plant", "subject", "row"),
+    [
+        (biased_table, "tables", "tables"),
+        (table_of_32_bits, "tables", "tables"),
+        (careless_convolution, "tables", "tables"),
+        (reused_nonce, "ciphers", "no position repeats"),
+        (stuck_entropy, "entropy", "source 'os'"),
+        (shared_sign_bit, "statistics", "signs of neighbours"),
+        (timing_leak, "timing", "time against magnitude"),
+    ],
 )
-def test_a_fault_in_the_library_ends_in_exit_code_1(monkeypatch, capsys, name):
-    """Shared sign bits and value-dependent time are planted in the tests of their checks: they take samples."""
-    subject = fault(monkeypatch, name)
+def test_a_fault_in_the_library_ends_in_exit_code_1(monkeypatch, capsys, plant, subject, row):
+    plant(monkeypatch)
     assert run(*only(subject)) == 1
     assert "FAILS" in capsys.readouterr().out
     assert run("--json", *only(subject)) == 1
-    assert json.loads(capsys.readouterr().out)["holds"] is False
+    found = json.loads(capsys.readouterr().out)
+    assert found["holds"] is False
+    failing = [line["name"] for check in found["checks"] for line in check["evidence"] if not line["holds"]]
+    assert any(row in name for name in failing)
