@@ -67,8 +67,9 @@ class _Worker:
     """One thread's scratch, a tile wide so that it stays in the cache."""
 
     def __init__(self, table: DiscreteGaussianTable) -> None:
-        self.scan = TableScan(table)
-        self.bytes = new_buffer(max(_WORD_BYTES, TILE_BYTES))
+        self.scan = TableScan(table, max_tiles=_TILES)
+        self.bytes = new_buffer(max(_WORD_BYTES, _TILES * TILE_BYTES))
+        self.magnitudes = np.empty(_PROPOSALS, dtype=np.int16)
         self.scaled = np.empty(TILE, dtype=np.int64)
         self.low = np.empty(TILE, dtype=np.int64)
         self.float_u = np.empty(TILE, dtype=np.float64)
@@ -153,9 +154,10 @@ class WideDiscreteGaussian:
 
     def _fill(self, worker: _Worker, source: Stream, index: int, out: Integers) -> None:
         """Writes the first accepted samples of one chunk's proposals."""
+        worker.magnitudes[:] = self._scan(worker, source, index)
         filled = 0
         for tile in range(_TILES):
-            kept = self._tile(worker, source, index * _TILES + tile)[: len(out) - filled]
+            kept = self._tile(worker, source, index, tile)[: len(out) - filled]
             out[filled : filled + len(kept)] = kept
             filled += len(kept)
             if filled == len(out):
@@ -165,26 +167,31 @@ class WideDiscreteGaussian:
             "probability below 2^-200. Test this machine's memory and processor."
         )
 
-    def _tile(self, worker: _Worker, source: Stream, place: int) -> Integers:
-        """Returns the accepted ones of a tile's proposals."""
+    def _scan(self, worker: _Worker, source: Stream, index: int) -> npt.NDArray[Any]:
+        """Returns A of all proposals of a chunk, with a sign that is not used."""
         blocks = source.block_bytes
         words = source.read(
-            TILE_BYTES,
+            _TILES * TILE_BYTES,
             domain=Domain.DISCRETE_GAUSSIAN,
-            block=place * TILE_BYTES // blocks,
+            block=index * _TILES * TILE_BYTES // blocks,
             buffer=worker.bytes,
         )
 
-        def read_overflow() -> Bytes:
+        def read_overflow(tile: int) -> Bytes:
             return source.read(
                 OVERFLOW_BYTES,
                 domain=Domain.DISCRETE_GAUSSIAN_OVERFLOW,
-                block=place * OVERFLOW_BYTES // blocks,
+                block=(index * _TILES + tile) * OVERFLOW_BYTES // blocks,
                 buffer=new_buffer(OVERFLOW_BYTES),
             )
 
+        return worker.scan.draw(words.reshape(_TILES, TILE_BYTES), _PROPOSALS, read_overflow)
+
+    def _tile(self, worker: _Worker, source: Stream, index: int, tile: int) -> Integers:
+        """Returns the accepted ones of a tile's proposals."""
+        blocks, place = source.block_bytes, index * _TILES + tile
         scaled, low = worker.scaled, worker.low
-        np.abs(worker.scan.draw(words, TILE, read_overflow), out=scaled, dtype=np.int64)
+        np.abs(worker.magnitudes[tile * TILE : (tile + 1) * TILE], out=scaled, dtype=np.int64)
         scaled <<= self._shift
         pairs = source.read(
             _WORD_BYTES, domain=Domain.BITS, block=place * _WORD_BYTES // blocks, buffer=worker.bytes

@@ -158,7 +158,7 @@ class AmplitudeEstimationResistant:
             lambda: value,
             sensitivity=sensitivity,
             budget=budget,
-            dimension=unpacked.vector.size,
+            dimension=unpacked.flat.size,
             whole=unpacked.whole,
         )
 

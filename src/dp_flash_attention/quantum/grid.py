@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import positive_finite
+from dp_flash_attention.noise.chunk_threads import ChunkThreads
 from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector
 
 # Share of the sensitivity that rounding may add when nobody chose a grid: 1.6 % more noise at the most. A grid
 # half as wide costs half a layer of the sampler.
 DEFAULT_ROUNDING_SHARE = 1.0 / 64.0
 _GRID_REMEDY = "Use 2.0**-k, or leave grid at None."
+_CHUNK = 1 << 15
 # Relative rounding of the few operations below.
 _ROUNDING = 1e-14
 
@@ -43,7 +48,9 @@ def checked_grid(grid: object, l2_sensitivity: float, dimension: int, *, whole: 
     """
     number = positive_finite("grid", grid, remedy=_GRID_REMEDY)
     if math.frexp(number)[0] != 0.5 or not 2.0**-500 < number < 2.0**500:
-        raise InvalidInputError("grid", grid, bound="a power of two (exact in floats)", remedy=_GRID_REMEDY)
+        raise InvalidInputError(
+            "grid", grid, bound="a power of two from 2^-499 to 2^499", remedy=_GRID_REMEDY
+        )
     added = 0.0 if lies_on_grid(number, whole=whole) else number * math.sqrt(dimension)
     if added > l2_sensitivity:
         raise InvalidInputError(
@@ -72,20 +79,54 @@ def sensitivity_on_grid(l2_sensitivity: float, grid: float, dimension: int, *, w
 
 
 def round_to_grid(vector: Vector, grid: float) -> Integers:
-    """Returns the nearest multiples of ``grid``, as int64 counts of it.
+    """Returns the nearest multiples of ``grid``, halves to even, as int64 counts of it.
 
     Raises:
         InvalidInputError: If a coordinate is more than 2^52 grid units large.
     """
-    # torch works with several threads here; it rounds halves to even, as NumPy does.
-    scaled = torch.from_numpy(vector) / grid
-    low, high = torch.aminmax(scaled)
-    if not max(-float(low), float(high)) <= MAX_MAGNITUDE:
+    check_reach(float(np.abs(vector).max()), grid)
+    return np.rint(vector / grid).astype(np.int64)
+
+
+def check_reach(largest: float, grid: float) -> None:
+    """Checks that nothing of magnitude ``largest`` is too large for the grid.
+
+    Raises:
+        InvalidInputError: If it is more than 2^52 grid units.
+    """
+    if not largest / grid <= MAX_MAGNITUDE:
         raise InvalidInputError(
             "value",
             "not shown",
             bound=f"at most 2^52 steps of the grid {grid!r} large",
             remedy="Widen the grid.",
         )
-    rounded: Integers = scaled.round_().to(torch.int64).numpy()
-    return rounded
+
+
+def add_on_grid(flat: npt.NDArray[Any], noise: Integers, grid: float) -> npt.NDArray[Any]:
+    """Returns (round(flat/grid) + noise)·grid in the dtype of ``flat``; ``noise`` is used up.
+
+    Rounding to the dtype comes last. One pass over memory, in chunks that stay in the cache, on torch's number of threads.
+
+    Args:
+        flat: float32, float64 or int64 [d], checked by ``check_reach``.
+        noise: int64 [d], at most 2^52 in magnitude.
+        grid: A power of two.
+    """
+    if flat.dtype == np.int64 and grid == 1.0:
+        noise += flat
+        return noise
+    out = np.empty(flat.shape, dtype=np.float64 if flat.dtype == np.int64 else flat.dtype)
+
+    def write_chunk(scratch: Vector, start: int) -> None:
+        part = flat[start : start + _CHUNK]
+        counts, numbers = noise[start : start + _CHUNK], scratch[: len(part)]
+        np.multiply(part, 1.0 / grid, out=numbers, dtype=np.float64)
+        np.rint(numbers, out=numbers)
+        counts += numbers.astype(np.int64)
+        np.multiply(counts, grid, out=numbers, dtype=np.float64)
+        out[start : start + _CHUNK] = numbers
+
+    threads = ChunkThreads(lambda: np.empty(_CHUNK, dtype=np.float64), chunk=_CHUNK)
+    threads.run(write_chunk, len(flat), num_threads=torch.get_num_threads())
+    return out

@@ -30,7 +30,7 @@ from dp_flash_attention.quantum.generator_strength import (
     strength_assumptions,
     suitable_cipher,
 )
-from dp_flash_attention.quantum.grid import round_to_grid
+from dp_flash_attention.quantum.grid import add_on_grid, check_reach, round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector, unpack
 
@@ -136,10 +136,14 @@ class PostQuantumGaussian:
         """
         unpacked = unpack(value)
         plan = self.plan(
-            dimension=unpacked.vector.size, sensitivity=sensitivity, budget=budget, whole=unpacked.whole
+            dimension=unpacked.flat.size, sensitivity=sensitivity, budget=budget, whole=unpacked.whole
         )
-        vector = unpacked.vector if self._clip is None else _projected(unpacked.vector, self._clip)
-        noisy = self._add_noise(round_to_grid(vector, plan.grid), plan)
+        flat, largest = unpacked.flat, unpacked.largest
+        if self._clip is not None:
+            flat = _projected(unpacked.vector, self._clip)
+            largest = min(largest, self._clip)
+        check_reach(largest, plan.grid)
+        noisy = add_on_grid(flat, self._noise(plan), plan.grid)
         return self._describe(unpacked.restore(noisy), plan, sensitivity.neighboring_relation)
 
     def release_sum(
@@ -163,13 +167,15 @@ class PostQuantumGaussian:
         Raises:
             InvalidInputError: As ``release``; or if ``rows`` is no matrix.
         """
-        if getattr(rows, "ndim", None) != 2:
+        shape: tuple[int, ...] = tuple(getattr(rows, "shape", ()))
+        if len(shape) != 2 or shape[1] == 0:
             raise InvalidInputError(
                 "rows", type(rows).__name__, bound="a matrix [n, d]", remedy="One row a unit."
             )
         clip = positive_finite("l2_clip_norm", l2_clip_norm, remedy="It is the largest norm of one row.")
-        unpacked = unpack(rows)
-        matrix = unpacked.vector.reshape(rows.shape)
+        # No row at all is a sum like any other: refusing it would tell that there was none.
+        unpacked = unpack(rows) if shape[0] else None
+        matrix = np.zeros(shape) if unpacked is None else unpacked.vector.reshape(shape)
         times = 2.0 if neighboring_relation is NeighboringRelation.REPLACE_ONE else 1.0
         # A clipped row is at most C long, and its rounding adds γ√d/2; ``plan`` adds γ√d for two rounded vectors, which
         # covers one row (add/remove) and both rows (replace).
@@ -192,17 +198,19 @@ class PostQuantumGaussian:
                 raise InvalidInputError(
                     "rows", "not shown", bound="a sum below 2^52 grid steps", remedy="Widen the grid."
                 )
-        noisy = self._add_noise(total, plan)
-        like = rows[0] if matrix.shape[0] else rows.reshape(-1)
+        noisy = add_on_grid(total, self._noise(plan), 1.0).astype(np.float64) * plan.grid
+        # A row's kind, shape and dtype, without its numbers.
+        like = (
+            rows.new_zeros(shape[1])
+            if isinstance(rows, torch.Tensor)
+            else np.zeros(shape[1], dtype=rows.dtype)
+        )
         return self._describe(unpack(like).restore(noisy), plan, neighboring_relation)
 
-    def _add_noise(self, counts: Integers, plan: GaussianPlan) -> Vector:
+    def _noise(self, plan: GaussianPlan) -> Integers:
         with self._lock:
             step, self._step = self._step, self._step + 1
-        noise = noise_for(plan.variance).draw(self._key, counts.size, step=step, cipher=self._cipher)
-        noisy = torch.from_numpy(noise).add_(torch.from_numpy(counts))
-        released: Vector = noisy.to(torch.float64).mul_(plan.grid).numpy()
-        return released
+        return noise_for(plan.variance).draw(self._key, plan.dimension, step=step, cipher=self._cipher)
 
     def _advantage(self, dimension: int) -> float:
         return generator_advantage(dimension, searched_bits(self._key), self._cipher)

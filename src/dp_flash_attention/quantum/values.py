@@ -17,8 +17,11 @@ Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 # Doubles hold every integer up to 2^53; one bit is left for the noise.
 MAX_MAGNITUDE = 2.0**52
+# Squares of larger numbers overflow, and a clip norm could not be computed.
+_LARGEST_FLOAT = 1e150
 
 _KINDS = "a finite float or whole number, a NumPy array or a dense torch tensor of them"
+_NATIVE = (np.float32, np.float64, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +29,23 @@ class Unpacked:
     """A value as a vector.
 
     Attributes:
-        vector: Its numbers, float64 [d]; every supported kind fits without rounding.
+        flat: Its numbers as float32, float64 or int64 [d]; every supported kind fits one of them without rounding.
+            It may share the value's memory: never write to it.
         whole: Whether its type holds whole numbers only, a property of the type and so public.
-        restore: Turns a vector of that length into the kind that came in.
+        largest: Largest magnitude; as private as the value.
+        restore: Turns a vector of that length into the kind that came in. Whole-numbered types narrower than the result
+            saturate at their ends.
     """
 
-    vector: Vector
+    flat: npt.NDArray[Any]
     whole: bool
-    restore: Callable[[Vector], Any]
+    largest: float
+    restore: Callable[[npt.NDArray[Any]], Any]
+
+    @property
+    def vector(self) -> Vector:
+        """The numbers in double precision, exactly."""
+        return self.flat.astype(np.float64, copy=False)
 
 
 def unpack(value: object) -> Unpacked:
@@ -48,36 +60,34 @@ def unpack(value: object) -> Unpacked:
     if isinstance(value, bool):
         raise InvalidInputError("value", "bool", bound=_KINDS, remedy="Convert it first.")
     if isinstance(value, torch.Tensor):
-        found = _from_tensor(value)
+        flat, restore = _from_tensor(value)
     elif isinstance(value, np.ndarray):
-        found = _from_array(value)
+        flat, restore = _from_array(value)
     elif isinstance(value, Integral):
-        whole_number = int(value)
-        if abs(whole_number) > MAX_MAGNITUDE:
+        if abs(int(value)) > MAX_MAGNITUDE:
             raise _too_large()
-        found = Unpacked(
-            vector=np.array([whole_number], dtype=np.float64), whole=True, restore=lambda v: round(v[0])
-        )
+        flat, restore = np.array([int(value)], dtype=np.int64), lambda found: round(float(found[0]))
     elif isinstance(value, Real):
-        found = Unpacked(
-            vector=np.array([float(value)], dtype=np.float64), whole=False, restore=lambda v: float(v[0])
-        )
+        flat, restore = np.array([float(value)]), lambda found: float(found[0])
     else:
         raise InvalidInputError("value", type(value).__name__, bound=_KINDS, remedy="Convert it first.")
-    if found.vector.size == 0:
+    if flat.size == 0:
         raise InvalidInputError("value", "empty", bound="at least one number", remedy="Release something.")
-    # One pass: a sum of squares is finite only if every number is, and none is near the top of the range.
-    with np.errstate(over="ignore", invalid="ignore"):
-        squared = float(np.dot(found.vector, found.vector))
-    if not np.isfinite(squared):
+    low, high = torch.aminmax(torch.from_numpy(flat))  # a NaN anywhere comes out as NaN
+    largest = max(-low.item(), high.item()) if low.item() == low.item() else float("nan")
+    whole = flat.dtype == np.int64
+    if whole and largest > MAX_MAGNITUDE:
+        raise _too_large()
+    if not whole and not largest <= _LARGEST_FLOAT:
         raise InvalidInputError(
             "value", "not shown", bound="finite (no NaN, no infinity)", remedy="Find where it overflowed."
         )
-    return found
+    return Unpacked(flat=flat, whole=whole, largest=float(largest), restore=restore)
 
 
-def _from_tensor(tensor: torch.Tensor) -> Unpacked:
-    if tensor.layout is not torch.strided or tensor.is_complex() or tensor.dtype is torch.bool:
+def _from_tensor(tensor: torch.Tensor) -> tuple[npt.NDArray[Any], Callable[[npt.NDArray[Any]], Any]]:
+    refused = (torch.bool, torch.uint64)  # uint64 would wrap round in int64
+    if tensor.layout is not torch.strided or tensor.is_complex() or tensor.dtype in refused:
         raise InvalidInputError(
             "value", f"tensor of {tensor.dtype}", bound=_KINDS, remedy="Convert it first."
         )
@@ -88,29 +98,49 @@ def _from_tensor(tensor: torch.Tensor) -> Unpacked:
             bound="False, for noise has no gradient",
             remedy="Pass value.detach().",
         )
-    whole = not tensor.is_floating_point()
-    if whole and int(tensor.abs().max() if tensor.numel() else 0) > MAX_MAGNITUDE:
-        raise _too_large()
-    vector = tensor.detach().reshape(-1).to(device="cpu", dtype=torch.float64).numpy()
+    wide = torch.float32 if tensor.dtype is torch.float32 else torch.float64
+    dtype = wide if tensor.is_floating_point() else torch.int64
+    flat = tensor.detach().reshape(-1).to(device="cpu", dtype=dtype).numpy()
 
-    def restore(result: Vector) -> torch.Tensor:
-        back = torch.from_numpy(result).reshape(tensor.shape)
+    def restore(result: npt.NDArray[Any]) -> torch.Tensor:
+        if dtype is torch.int64:
+            limits = torch.iinfo(tensor.dtype)
+            result = _saturated(result, limits.min, limits.max)
+        back = torch.from_numpy(np.ascontiguousarray(result)).reshape(tensor.shape)
         return back.to(device=tensor.device, dtype=tensor.dtype)
 
-    return Unpacked(vector=vector, whole=whole, restore=restore)
+    return flat, restore
 
 
-def _from_array(array: npt.NDArray[Any]) -> Unpacked:
+def _from_array(array: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Callable[[npt.NDArray[Any]], Any]]:
     if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
         raise InvalidInputError("value", f"array of {array.dtype}", bound=_KINDS, remedy="Convert it first.")
     whole = array.dtype.kind in "iu"
-    if whole and array.size and max(abs(int(array.max())), abs(int(array.min()))) > MAX_MAGNITUDE:
-        raise _too_large()
+    if array.dtype == np.uint64 and array.size and int(array.max()) > MAX_MAGNITUDE:
+        raise _too_large()  # before it wraps round
+    native = array if array.dtype in _NATIVE else array.astype(np.int64 if whole else np.float64)
+    flat = np.ascontiguousarray(native).reshape(-1)
+    # torch takes neither read-only nor foreign-endian memory.
+    flat = (
+        flat
+        if flat.flags.writeable and flat.dtype.isnative
+        else np.array(flat, dtype=flat.dtype.newbyteorder("="))
+    )
 
-    def restore(result: Vector) -> npt.NDArray[Any]:
-        return result.reshape(array.shape).astype(array.dtype)
+    def restore(result: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if whole:
+            limits = np.iinfo(array.dtype)
+            result = _saturated(result, int(limits.min), int(limits.max))
+        return result.reshape(array.shape).astype(array.dtype, copy=False)
 
-    return Unpacked(vector=array.astype(np.float64).reshape(-1), whole=whole, restore=restore)
+    return flat, restore
+
+
+def _saturated(result: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[np.int64]:
+    whole = result if result.dtype == np.int64 else np.rint(result).astype(np.int64)
+    # Nothing beyond 2^63 can come in, so 64-bit types have no ends to saturate at but 0.
+    clipped: npt.NDArray[np.int64] = np.clip(whole, max(low, -(2**63)), min(high, 2**63 - 1))
+    return clipped
 
 
 def _too_large() -> InvalidInputError:

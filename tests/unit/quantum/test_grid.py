@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.quantum.grid import (
+    add_on_grid,
     checked_grid,
     default_grid,
     round_to_grid,
@@ -68,6 +69,21 @@ def test_a_grid_that_drowns_the_sensitivity_is_refused():
     assert checked_grid(0.125, 1.0, 64, whole=False) == 0.125
     with pytest.raises(InvalidInputError, match="rounding 64 coordinates adds as much as the sensitivity"):
         checked_grid(0.25, 1.0, 64, whole=False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_adding_on_the_grid_is_rounding_adding_and_scaling(dtype, rng):
+    num, grid = 70_001, 0.25
+    flat = rng.normal(0, 100, num).astype(dtype)
+    noise = rng.integers(-1000, 1000, num)
+    expected = ((np.rint(flat.astype(float) / grid) + noise) * grid).astype(
+        np.float32 if dtype is np.float32 else float
+    )
+    kept = flat.copy()
+    assert np.array_equal(add_on_grid(flat, noise.copy(), grid), expected)
+    assert np.array_equal(flat, kept)
+    if dtype is np.int64:
+        assert np.array_equal(add_on_grid(flat, noise.copy(), 1.0), flat + noise)
 
 
 def test_a_value_beyond_the_grid_is_refused_without_showing_it():

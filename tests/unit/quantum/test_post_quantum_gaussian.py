@@ -151,6 +151,14 @@ def test_one_row_moves_the_sum_by_at_most_what_is_accounted(relation, times, rng
     assert release["all"].guarantee.neighboring_relation is relation
 
 
+@pytest.mark.parametrize("rows", [np.zeros((0, 500)), torch.zeros(0, 500)], ids=["array", "tensor"])
+def test_a_sum_of_no_rows_is_a_release_like_any_other(rows):
+    released = mechanism().release_sum(rows, 1.0, BUDGET)
+    assert type(released.value) is type(rows)
+    assert released.value.shape == (500,)
+    assert abs(variance_score(released)) < BOUND
+
+
 def test_rows_that_are_no_matrix_are_refused():
     with pytest.raises(InvalidInputError, match="rows"):
         mechanism().release_sum(np.zeros(4), 1.0, BUDGET)

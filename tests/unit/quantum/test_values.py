@@ -24,6 +24,7 @@ from dp_flash_attention.quantum.values import unpack
 )
 def test_a_value_comes_back_as_what_it_was(value):
     unpacked = unpack(value)
+    assert np.array_equal(unpacked.vector, unpacked.flat)
     back = unpacked.restore(unpacked.vector + 0.0)
     if isinstance(value, torch.Tensor):
         assert back.dtype == value.dtype
@@ -43,6 +44,24 @@ def test_a_value_comes_back_as_what_it_was(value):
 )
 def test_whether_numbers_are_whole_is_read_off_the_type_and_never_off_the_value(value, whole):
     assert unpack(value).whole is whole
+
+
+def test_narrow_whole_numbers_saturate_and_half_floats_round():
+    found = np.array([-5.0, 300.2, 7.0])
+    assert unpack(np.zeros(3, dtype=np.uint8)).restore(found).tolist() == [0, 255, 7]
+    assert unpack(torch.zeros(3, dtype=torch.int8)).restore(found).tolist() == [-5, 127, 7]
+    assert unpack(torch.zeros(3, dtype=torch.float16)).restore(found + 1e-5).dtype is torch.float16
+
+
+def test_read_only_strided_and_foreign_memory_is_read_and_never_written():
+    value = np.arange(12.0)[::2]
+    frozen = np.arange(6.0)
+    frozen.flags.writeable = False
+    foreign = np.arange(6.0).astype(">f8")
+    for array in (value, frozen, foreign, np.arange(6, dtype=">i4")):
+        unpacked = unpack(array)
+        assert np.array_equal(unpacked.vector, array)
+        assert unpacked.restore(unpacked.vector).dtype == array.dtype
 
 
 @pytest.mark.parametrize(
@@ -65,7 +84,9 @@ def test_whether_numbers_are_whole_is_read_off_the_type_and_never_off_the_value(
         torch.ones(2, requires_grad=True),
         2**53,
         np.array([2**60]),
+        np.array([2**63 + 1], dtype=np.uint64),
         torch.tensor([-(2**60)]),
+        torch.zeros(2, dtype=torch.uint64),
         1e200,
     ],
     ids=str,
