@@ -93,6 +93,7 @@ def peak_bytes(who: str, case: Case) -> int:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_peak, args=(who, case, sender))
     process.start()
+    sender.close()  # so that a child that dies ends the wait
     peak = int(receiver.recv())
     process.join()
     return peak
