@@ -1,5 +1,6 @@
 """The filter admits exactly what fits, refuses before it charges, and its theorem holds for an adaptive analyst."""
 
+import copy
 import threading
 
 import numpy as np
@@ -35,6 +36,13 @@ def test_what_is_left_fits_and_a_hair_more_does_not():
     assert not gate.admits(gate.mu_left * (1 + 1e-12))
     gate.spend(gate.mu_left)
     assert gate.mu_spent == pytest.approx(gdp_mu(BUDGET))
+
+
+def test_a_copy_cannot_spend_it_again():
+    gate = GaussianFilter(BUDGET)
+    with pytest.raises(TypeError, match="GaussianFilter"):
+        copy.copy(gate)
+    assert copy.deepcopy(gate) is gate
 
 
 def test_threads_cannot_spend_the_same_budget():

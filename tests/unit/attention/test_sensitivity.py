@@ -61,7 +61,7 @@ def test_limits():
     assert replaced(record_rows=0) == 0.0
     assert add_or_remove_sensitivity(value_norm=1.0, score_bound=1.0, null_rows=1.0, record_rows=0) == 0.0
     assert add_or_remove_sensitivity(value_norm=1.0, score_bound=1.0, null_rows=1e-9) == pytest.approx(
-        2.0, abs=1e-3
+        2.0 / (1.0 + math.exp(-2.0))
     )
 
 
