@@ -21,6 +21,7 @@ from dp_flash_attention.attention import (
     reference_attention,
     release_attention,
 )
+from dp_flash_attention.attention.backends import registry
 from dp_flash_attention.attention.reference import reference_noise
 from dp_flash_attention.core.errors import (
     BudgetExhaustedError,
@@ -322,6 +323,7 @@ def test_a_refused_call_spends_nothing_and_runs_nothing(case, monkeypatch):
 
 
 def test_a_back_end_that_is_not_installed_raises_by_name(monkeypatch):
+    registry._load_triton.cache_clear()
     monkeypatch.setattr(
         "dp_flash_attention.attention.backends.registry.importlib.import_module",
         lambda name: (_ for _ in ()).throw(ImportError("no triton")),
@@ -329,6 +331,7 @@ def test_a_back_end_that_is_not_installed_raises_by_name(monkeypatch):
     assert "triton" not in available_backends()
     with pytest.raises(DependencyMissingError, match="triton"):
         dp_flash_attention(*rows(), bounds=bounds(), noise=noise(), mu=1.0, backend="triton")
+    registry._load_triton.cache_clear()
 
 
 @pytest.mark.parametrize("changes", [{"query_norm": 0.0}, {"key_norm": -1.0}, {"value_norm": math.inf}, {"value_norm": math.nan},
