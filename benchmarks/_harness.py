@@ -105,7 +105,11 @@ class Timing:
 
 
 def run_interleaved(
-    cases: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Times all cases in turn, so that a slow moment of the machine falls on each of them.
 
@@ -113,18 +117,19 @@ def run_interleaved(
         cases: What to time, by name.
         repeats: Timed rounds; every round starts with another case.
         warmup: Rounds before them that are not timed.
+        clock: Seconds; ``time.process_time`` counts the process's own work on a machine that others use too.
     """
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(warmup + repeats):
         shift = round_number % len(names)
         for name in names[shift:] + names[:shift]:
-            began = time.perf_counter()
+            began = clock()
             cases[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_number >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return {name: Timing(seconds=tuple(values)) for name, values in seconds.items()}
 
 

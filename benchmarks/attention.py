@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ def peak_bytes(who: str, case: Case) -> int:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_peak, args=(who, case, sender))
     process.start()
+    sender.close()  # so that a child that dies ends the wait
     peak = int(receiver.recv())
     process.join()
     return peak
@@ -112,16 +114,17 @@ def _resident_kib(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def measure(case: Case, *, repeats: int, backward: bool) -> tuple[list[Row], list[Bar]]:
+def measure(case: Case, *, repeats: int, backward: bool, cpu_time: bool) -> tuple[list[Row], list[Bar]]:
     cases = {who: make(case, backward=backward) for who, make in WHO.items()}
-    timings = run_interleaved(cases, repeats=repeats, warmup=1)
+    clock = time.process_time if cpu_time else time.perf_counter
+    timings = run_interleaved(cases, repeats=repeats, warmup=1, clock=clock)
     what = "forward and backward" if backward else "forward"
     base = timings["torch SDPA"]
 
     def row(who: str, timing: Timing) -> Row:
         return Row(
             name=f"{who}, {what}",
-            config=asdict(case),
+            config={**asdict(case), "threads": torch.get_num_threads(), "cpu_time": cpu_time},
             value=timing.median_s * 1e3,
             unit="ms",
             baseline="torch SDPA",
@@ -207,7 +210,12 @@ def main() -> None:
         "--backward-up-to", type=int, default=1 << 20, help="longest length with a backward pass"
     )
     parser.add_argument("--plot", type=Path, default=None, help="draw usefulness there, and measure nothing")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread's own time: for a machine that others use too"
+    )
     options = parser.parse_args()
+    if options.cpu_time:
+        torch.set_num_threads(1)
     if options.plot is not None:
         plot(options.plot)
         return
@@ -226,7 +234,9 @@ def main() -> None:
                 directions = (False, True) if seq_len <= options.backward_up_to else (False,)
                 for backward in directions:
                     repeats = options.repeats if seq_len < 8192 else max(3, options.repeats // 2)
-                    more, promises = measure(case, repeats=repeats, backward=backward)
+                    more, promises = measure(
+                        case, repeats=repeats, backward=backward, cpu_time=options.cpu_time
+                    )
                     found += more
                     bars += promises
     if not torch.cuda.is_available():

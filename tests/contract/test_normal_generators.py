@@ -198,3 +198,33 @@ def test_generators_are_found_by_name_and_nothing_else_is():
     assert isinstance(make_generator("fast", TestKey(1)), FastNormalGenerator)
     with pytest.raises(InvalidInputError, match="secure"):
         make_generator("torch", TestKey(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 1), (7, 5), (2048, 64), (3000, 33), (2, CHUNK_NUMBERS + 1), (5, 0)]
+)
+def test_rows_may_have_deviations_of_their_own(generator, dtype, rows, width):
+    deviations = torch.linspace(0.5, 3.0, rows, dtype=dtype)
+    unit = generator.fill_normal_(torch.empty(rows, width, dtype=dtype), step=1, stream=2)
+    start = torch.linspace(-1, 1, rows * width, dtype=dtype).view(rows, width)
+    added = generator.add_row_normal_(start.clone(), row_stddev=deviations, step=1, stream=2)
+    assert torch.equal(added, start + unit * deviations[:, None])
+
+
+@pytest.mark.parametrize(
+    ("out", "deviations"),
+    [
+        (torch.zeros(2, 3), torch.ones(3)),
+        (torch.zeros(2, 3), torch.ones(2, dtype=torch.float64)),
+        (torch.zeros(3, 2).t(), torch.ones(2)),
+        (torch.zeros(6), torch.ones(6)),
+        (torch.zeros(2, 3), torch.tensor([1.0, 0.0])),
+        (torch.zeros(2, 3), torch.tensor([1.0, float("nan")])),
+        (torch.zeros(2, 3), 1.0),
+    ],
+)
+def test_deviations_that_do_not_fit_their_rows_are_refused(generator, out, deviations):
+    with pytest.raises(InvalidInputError):
+        generator.add_row_normal_(out, row_stddev=deviations, step=0, stream=0)
+    assert (out == 0.0).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from threading import Lock
+from typing import NoReturn
 
 from dp_flash_attention.accounting.gdp import gdp_epsilon, gdp_mu, root
 from dp_flash_attention.core.errors import BudgetExhaustedError
@@ -109,3 +110,11 @@ class GaussianFilter:
                 )
             self._spent += price
             self._num_releases += 1
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be copied or pickled: two copies would spend the same budget."""
+        raise TypeError("A GaussianFilter cannot be pickled or copied. Keep one for each data set.")
+
+    def __deepcopy__(self, memo: object) -> GaussianFilter:
+        """Returns the object itself, so that a copied module goes on spending with the original."""
+        return self

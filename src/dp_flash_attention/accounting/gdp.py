@@ -18,6 +18,8 @@ from dp_flash_attention.core.validation import open_unit, positive_finite
 # math.erfc and math.exp are within a few units in the last place; the sum of both terms' errors is below this
 # share of the larger one.
 _RELATIVE_ERROR = 1e-14
+_SMALLEST = 1e-300
+_UNDERFLOW = 1e-290
 _BISECTIONS = 200
 _MU_REMEDY = "It is the sensitivity over the noise's standard deviation; common values lie between 0.1 and 3."
 
@@ -35,8 +37,8 @@ def gdp_delta(*, mu: float, epsilon: float) -> float:
     Guarantees:
         μ-GDP implies (ε, δ)-DP with δ = Φ(μ/2 − ε/μ) − e^ε·Φ(−μ/2 − ε/μ) for every ε >= 0, under whatever
         neighbours μ was derived for, and no smaller δ holds for the Gaussian mechanism: Balle & Wang 2018,
-        Theorem 8; Dong, Roth & Su 2022, Corollary 2.13. The result exceeds that value by at most 1e-14 of
-        Φ(μ/2 − ε/μ).
+        Theorem 8; Dong, Roth & Su 2022, Corollary 2.13. The result exceeds that value by about 1e-14 of
+        Φ(μ/2 − ε/μ), more for very large ε/μ.
 
     Example:
         >>> round(gdp_delta(mu=1.0, epsilon=1.0), 4)
@@ -47,12 +49,16 @@ def gdp_delta(*, mu: float, epsilon: float) -> float:
         raise InvalidInputError(
             "epsilon", epsilon, bound="a finite number of at least 0", remedy="Common values are 0.1 to 10."
         )
-    above = _upper_tail(epsilon / scale - scale / 2.0)
-    below = _upper_tail(epsilon / scale + scale / 2.0)
-    # Where e^ε overflows or the tail underflows, leaving the negative term out keeps an upper bound.
-    product = math.exp(epsilon + math.log(below)) if below > 0.0 else 0.0
-    # ε itself passes through exp: its rounding is ε units in the last place.
-    error = _RELATIVE_ERROR * above + 3e-16 * epsilon * product
+    near, reach = epsilon / scale - scale / 2.0, epsilon / scale + scale / 2.0
+    above, below = _upper_tail(near), _upper_tail(reach)
+    if below > _UNDERFLOW:
+        product = math.exp(epsilon + math.log(below))
+    else:
+        # e^ε·φ(reach) = φ(near), and Φ(−y) >= φ(y)·y/(1 + y²): a smaller negative term keeps an upper bound.
+        product = math.exp(-0.5 * near * near) / math.sqrt(2.0 * math.pi) * reach / (1.0 + reach * reach)
+    # A tail at x changes by about x of its value for every unit of x, whose rounding is proportional to its
+    # parts; ε itself passes through exp; and what is below the range of doubles is not nothing.
+    error = (_RELATIVE_ERROR + 1e-15 * reach * max(1.0, reach) + 3e-16 * epsilon) * above + _SMALLEST
     return min(1.0, max(0.0, above - product) + error)
 
 
@@ -117,7 +123,10 @@ def gdp_mu(budget: PrivacyBudget) -> float:
         )
     # δ(ε) is not monotone in its last digits: step down until the reverse question agrees too.
     step = 1e-15
-    while gdp_epsilon(mu=low, delta=budget.delta) > budget.epsilon:
+    while (
+        gdp_delta(mu=low, epsilon=budget.epsilon) > budget.delta
+        or gdp_epsilon(mu=low, delta=budget.delta) > budget.epsilon
+    ):
         low, step = low * (1.0 - step), 2.0 * step
     return low
 

@@ -168,11 +168,15 @@ def checked_row_stddev(row_stddev: object, out: object) -> npt.NDArray[Any]:
     for extreme in torch.aminmax(row_stddev) if len(out) else ():
         checked_stddev(float(extreme), out.dtype)
     array: npt.NDArray[Any] = row_stddev.detach().contiguous().numpy()
-    return array
+    # Equal factors as one number with stride 0: a product with a column runs row by row.
+    return np.broadcast_to(array[:1], array.shape) if len(out) and bool((array == array[0]).all()) else array
 
 
 def scale_rows_(numbers: npt.NDArray[Any], start: int, rows: npt.NDArray[Any], width: int) -> None:
     """Multiplies in place a run of a matrix's numbers, from flat index ``start``, by their rows' factors."""
+    if rows.strides == (0,):  # one factor for all
+        np.multiply(numbers, rows[0], out=numbers)
+        return
     first, skipped = divmod(start, width)
     last = -(-(start + len(numbers)) // width)
     if skipped or len(numbers) % width:

@@ -21,6 +21,7 @@ from dp_flash_attention.attention import (
     reference_attention,
     release_attention,
 )
+from dp_flash_attention.attention.backends import registry
 from dp_flash_attention.attention.reference import reference_noise
 from dp_flash_attention.core.errors import (
     BudgetExhaustedError,
@@ -180,6 +181,31 @@ def expected_noise(output, mu):
     return reference_noise(call)
 
 
+class Forgetful:
+    """A generator that leaves out one part of the position."""
+
+    def __init__(self, inner, **fixed):
+        self.inner, self.fixed = inner, fixed
+
+    def add_row_normal_(self, out, **position):
+        return self.inner.add_row_normal_(out, **{**position, **self.fixed})
+
+
+@pytest.mark.parametrize(
+    "fixed", [{"step": 0}, {"stream": 0}], ids=["across calls", "across heads and entries"]
+)
+def test_noise_that_is_used_twice_is_noticed(fixed):
+    tensors, source = rows(), noise()
+    source._generator = Forgetful(source._generator, **fixed)
+    outputs = [dp_flash_attention(*tensors, bounds=bounds(), noise=source, mu=0.5) for _ in range(2)]
+    plan = outputs[0][1].plan
+    exact = expected(tensors, plan) - expected_noise(outputs[0][0], 0.5)
+    parts = torch.cat([(output.double() - exact).flatten(0, 1).flatten(1) for output, _ in outputs])
+    correlation = torch.corrcoef(parts) - torch.eye(len(parts))
+    # What test_the_same_key_and_number… requires to stay below 0.75.
+    assert float(correlation.abs().max()) > 0.99
+
+
 def test_a_number_is_used_once():
     source, tensors = noise(), rows()
     for number in (0, 7):
@@ -322,6 +348,7 @@ def test_a_refused_call_spends_nothing_and_runs_nothing(case, monkeypatch):
 
 
 def test_a_back_end_that_is_not_installed_raises_by_name(monkeypatch):
+    registry._load_triton.cache_clear()
     monkeypatch.setattr(
         "dp_flash_attention.attention.backends.registry.importlib.import_module",
         lambda name: (_ for _ in ()).throw(ImportError("no triton")),
@@ -329,6 +356,7 @@ def test_a_back_end_that_is_not_installed_raises_by_name(monkeypatch):
     assert "triton" not in available_backends()
     with pytest.raises(DependencyMissingError, match="triton"):
         dp_flash_attention(*rows(), bounds=bounds(), noise=noise(), mu=1.0, backend="triton")
+    registry._load_triton.cache_clear()
 
 
 @pytest.mark.parametrize("changes", [{"query_norm": 0.0}, {"key_norm": -1.0}, {"value_norm": math.inf}, {"value_norm": math.nan},

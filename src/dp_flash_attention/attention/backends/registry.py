@@ -199,11 +199,20 @@ def _refusal(
 
 
 def _triton() -> AttentionBackend:
+    found = _load_triton()
+    if isinstance(found, ImportError):
+        raise DependencyMissingError(
+            f"Back end 'triton' cannot be loaded ({found}). Use 'auto', or install triton."
+        ) from found
+    return found
+
+
+@lru_cache(maxsize=1)
+def _load_triton() -> AttentionBackend | ImportError:
+    """Returns the kernels' back end or why there is none; looked for once, as looking takes 0.2 ms."""
     try:
         module = importlib.import_module("dp_flash_attention.attention.kernels.backend")
+        backend: AttentionBackend = module.make_backend()
     except ImportError as error:
-        raise DependencyMissingError(
-            f"Back end 'triton' cannot be loaded ({error}). Use 'auto', or install triton."
-        ) from error
-    backend: AttentionBackend = module.make_backend()
+        return error
     return backend
