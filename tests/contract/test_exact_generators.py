@@ -11,7 +11,7 @@ from dp_flash_attention.noise import DiscreteGaussianGenerator, SecretKey, TestK
 from dp_flash_attention.noise.discrete_gaussian_scan import TILE
 from dp_flash_attention.noise.keystream import MAX_STEP, MAX_STREAM
 
-CHUNK = 8 * TILE
+CHUNK = 16 * TILE
 CIPHERS = ["aes-256-ctr", "chacha20", "shake256"]
 STDDEVS = [4, Fraction(313, 7), 5000]
 SIZES = [1, 63, 65, TILE - 1, TILE, TILE + 1, CHUNK, CHUNK + 3]

@@ -115,6 +115,10 @@ def gdp_mu(budget: PrivacyBudget) -> float:
         raise InvalidInputError(
             "budget", budget, bound="reachable by some Gaussian noise", remedy="Raise epsilon or delta."
         )
+    # δ(ε) is not monotone in its last digits: step down until the reverse question agrees too.
+    step = 1e-15
+    while gdp_epsilon(mu=low, delta=budget.delta) > budget.epsilon:
+        low, step = low * (1.0 - step), 2.0 * step
     return low
 
 

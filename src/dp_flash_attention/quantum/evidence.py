@@ -38,6 +38,10 @@ class Evidence:
     holds: bool
     basis: Basis = "measured"
 
+    def __post_init__(self) -> None:
+        # A comparison of NumPy's numbers gives NumPy's bool, which JSON does not know.
+        object.__setattr__(self, "holds", bool(self.holds))
+
 
 class Check(Protocol):
     """Looks at one thing and says what it found, as at least one row."""

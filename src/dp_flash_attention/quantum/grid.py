@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-import numpy as np
+import torch
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import positive_finite
@@ -77,12 +77,15 @@ def round_to_grid(vector: Vector, grid: float) -> Integers:
     Raises:
         InvalidInputError: If a coordinate is more than 2^52 grid units large.
     """
-    scaled = vector / grid
-    if not float(np.abs(scaled).max()) <= MAX_MAGNITUDE:
+    # torch works with several threads here; it rounds halves to even, as NumPy does.
+    scaled = torch.from_numpy(vector) / grid
+    low, high = torch.aminmax(scaled)
+    if not max(-float(low), float(high)) <= MAX_MAGNITUDE:
         raise InvalidInputError(
             "value",
             "not shown",
             bound=f"at most 2^52 steps of the grid {grid!r} large",
             remedy="Widen the grid.",
         )
-    return np.rint(scaled, out=scaled).astype(np.int64)
+    rounded: Integers = scaled.round_().to(torch.int64).numpy()
+    return rounded

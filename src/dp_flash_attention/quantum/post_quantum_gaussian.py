@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import torch
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import (
@@ -199,8 +200,9 @@ class PostQuantumGaussian:
         with self._lock:
             step, self._step = self._step, self._step + 1
         noise = noise_for(plan.variance).draw(self._key, counts.size, step=step, cipher=self._cipher)
-        noise += counts
-        return noise.astype(np.float64) * plan.grid
+        noisy = torch.from_numpy(noise).add_(torch.from_numpy(counts))
+        released: Vector = noisy.to(torch.float64).mul_(plan.grid).numpy()
+        return released
 
     def _advantage(self, dimension: int) -> float:
         return generator_advantage(dimension, searched_bits(self._key), self._cipher)

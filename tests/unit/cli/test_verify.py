@@ -8,6 +8,7 @@ import pytest
 
 from dp_flash_attention.cli.main import main
 from dp_flash_attention.noise import DiscreteGaussianTable, discrete_gaussian_layers, secure
+from dp_flash_attention.quantum.checks import statistics, timing
 
 
 def run(*arguments):
@@ -33,6 +34,17 @@ def test_json_is_one_object(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["holds"] is True
     assert all(check["holds"] and check["evidence"] for check in found["checks"])
+
+
+def test_statistics_and_timing_can_be_printed_as_json(monkeypatch, capsys):
+    """Their figures come from NumPy, which has number types of its own; few samples, as the clock is no matter here."""
+    monkeypatch.setattr(statistics, "_NUM", 100_000)
+    monkeypatch.setattr(timing, "_CALLS", 200)
+    monkeypatch.setattr(timing, "_CONTROL_CALLS", 200)
+    assert run("--json", *only("statistics", "timing")) in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    assert {check["name"].partition(":")[0] for check in found["checks"]} == {"statistics", "timing"}
+    assert all(check["holds"] for check in found["checks"] if check["name"].startswith("statistics"))
 
 
 def test_an_unknown_subject_is_one_line(capsys):

@@ -1,5 +1,6 @@
 """A check that breaks, or that looks at nothing, does not pass."""
 
+import numpy as np
 import pytest
 
 from dp_flash_attention.core.errors import InvalidInputError
@@ -37,6 +38,11 @@ def test_a_check_that_shows_nothing_fails_and_the_next_one_still_runs(check, sai
     assert not first.holds
     assert said in first.rows[0].measured
     assert second.holds
+
+
+def test_numpys_truth_becomes_pythons():
+    assert row(np.float64(1.0) < 2.0).holds is True
+    assert row(np.float64(3.0) < 2.0).holds is False
 
 
 @pytest.mark.parametrize("checks", [[], [("a", broken), ("a", broken)]])

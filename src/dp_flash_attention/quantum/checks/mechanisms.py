@@ -14,22 +14,19 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from dp_flash_attention.accounting import discrete_gaussian_delta, skellam_rdp, summed_discrete_gaussian_tau
+from dp_flash_attention.accounting import discrete_gaussian_delta
 from dp_flash_attention.core.errors import NoiseReuseError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
 from dp_flash_attention.noise import SecretKey, TestKey
-from dp_flash_attention.noise.skellam import skellam_table
 from dp_flash_attention.quantum.amplitude_estimation_resistant import AmplitudeEstimationResistant
 from dp_flash_attention.quantum.attackers import doubling_powers, estimate_amplitude, mechanism_oracle
 from dp_flash_attention.quantum.charges import ConcentratedBudget
 from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
 from dp_flash_attention.quantum.lattice import lattice_from_rows
-from dp_flash_attention.quantum.layered_noise import LayeredNoise
-from dp_flash_attention.quantum.layered_plan import NoiseLaw
 from dp_flash_attention.quantum.post_quantum_gaussian import PostQuantumGaussian
 from dp_flash_attention.quantum.rational_sampler import RationalCoins
+from dp_flash_attention.quantum.scale_evidence import FALSE_ALARM, scale_row, sensitivity, two_sided
 
-FALSE_ALARM: Final = 1e-9
 _BUDGET: Final = PrivacyBudget(epsilon=1.0, delta=1e-6)
 _PRICE: Final = PrivacyBudget(epsilon=0.5, delta=1e-7)
 _ONE: Final = Sensitivity(l2=1.0, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -51,8 +48,6 @@ def mechanisms_checks(*, deep: bool = False) -> list[NamedCheck]:
         ("scale of the noise", partial(noise_scale, 200_000 * times)),
         ("memoised answers", memo),
         ("Klein's sampler", partial(klein, 2_000 * times)),
-        ("noise of several parties", partial(layered, 100_000 * times)),
-        ("summed laws by independent code", summed_laws),
         ("amplitude estimation", amplitude_estimation),
     ]
 
@@ -147,8 +142,8 @@ def clipping_bounds_the_sum() -> Iterator[Evidence]:
 def noise_scale(num: int) -> Iterator[Evidence]:
     """Yields the standard score of the variance of released zeros, for whole numbers and for a fine grid."""
     for label, value in (("whole numbers", np.zeros(num, dtype=np.int64)), ("fine grid", np.zeros(num))):
-        found = PostQuantumGaussian().release(value, _moved(64.0), _BUDGET)
-        yield _scale(f"PostQuantumGaussian: noise, {label}", np.asarray(found.value), found.noise_stddev)
+        found = PostQuantumGaussian().release(value, sensitivity(64.0), _BUDGET)
+        yield scale_row(f"PostQuantumGaussian: noise, {label}", np.asarray(found.value), found.noise_stddev)
 
 
 def memo() -> Iterator[Evidence]:
@@ -219,90 +214,13 @@ def klein(num: int) -> Iterator[Evidence]:
     second = points.T @ points / num / float(variance)
     deviation = np.where(np.eye(2, dtype=bool), math.sqrt(2.0 / num), math.sqrt(1.0 / num))
     score = float(np.abs((second - np.eye(2)) / deviation).max())
-    bound = _two_sided(FALSE_ALARM / 3)
+    bound = two_sided(FALSE_ALARM / 3)
     yield Evidence(
         name="LatticeGaussian: Klein's sampler",
         claim="Noise on a skewed lattice is round and has the stated scale.",
         measured=f"largest standard score of the second moments {score:.2f} ({num} points)",
         bound=f"at most {bound:.2f} (false alarm {FALSE_ALARM:g})",
         holds=score <= bound,
-    )
-
-
-def layered(num: int) -> Iterator[Evidence]:
-    """Yields the standard score of the variance of any h honest shares."""
-    laws: tuple[NoiseLaw, ...] = ("skellam", "discrete_gaussian")
-    for law in laws:
-        noise = LayeredNoise(num_parties=6, num_honest=4, law=law, grid=2.0**-8)
-        plan = noise.plan(
-            dimension=num,
-            sensitivity=_moved(8.0),
-            budget=_BUDGET,
-        )
-        row = np.zeros(num)
-        honest = sum(noise.message(row, plan, key=SecretKey.from_os(), step=0) for _ in range(4))
-        stddev = plan.layer("", 4).noise_stddev
-        yield _scale(
-            f"LayeredNoise: 4 honest of 6, {law.replace('_', ' ')}", np.asarray(honest) * plan.grid, stddev
-        )
-        epsilon = plan.layer("", 4).epsilon
-        yield Evidence(
-            name=f"LayeredNoise: ε of 4 honest shares, {law.replace('_', ' ')}",
-            claim="Four honest shares alone meet the budget.",
-            measured=f"ε = {epsilon:.6f}",
-            bound=f"at most {_BUDGET.epsilon:g}",
-            holds=epsilon <= _BUDGET.epsilon,
-            basis="computed",
-        )
-
-
-def summed_laws() -> Iterator[Evidence]:
-    """Yields the Skellam table against SciPy's Bessel functions, its Rényi bound, and τ, against convolved laws."""
-    from scipy.special import ive
-
-    variance = Fraction(100)
-    table = skellam_table(variance)
-    reach = 60
-    places = np.arange(-reach, reach + 1)
-    ours = np.array([table.masses[table.largest + int(k)] / 2.0**128 for k in places])
-    theirs = ive(np.abs(places), float(variance))
-    error = float(np.abs(ours / theirs - 1.0).max())
-    yield Evidence(
-        name="Skellam: table, μ = 100",
-        claim="The table's probabilities are those of the law, e^-μ·I_k(μ), by SciPy's Bessel functions.",
-        measured=f"largest relative error {error:.1e} within 6 standard deviations",
-        bound="1e-10",
-        holds=error <= 1e-10,
-        basis="computed",
-    )
-    worst = 0.0
-    for order, shift in ((2, 1), (4, 3), (8, 5)):
-        wide = np.arange(-400, 401)
-        first, second = (np.log(np.maximum(ive(np.abs(wide - s), 100.0), 1e-290)) for s in (0, shift))
-        true = float(np.logaddexp.reduce(order * first + (1 - order) * second) / (order - 1))
-        worst = max(worst, true / skellam_rdp(order, variance=100.0, l2_sensitivity=shift, dimension=1))
-    yield Evidence(
-        name="Skellam: Rényi bound",
-        claim="The published bound is not below the divergence, summed directly.",
-        measured=f"truth over bound at most {worst:.4f}",
-        bound="1",
-        holds=worst <= 1.0,
-        basis="computed",
-    )
-    sigma, count = 0.6, 3
-    mass = np.exp(-0.5 * (np.arange(-30, 31) / sigma) ** 2)
-    mass /= mass.sum()
-    summed = np.convolve(np.convolve(mass, mass), mass)[60:121]
-    wide_mass = np.exp(-0.5 * (np.arange(-30, 31) / sigma) ** 2 / count)
-    seen = float(np.abs(np.log(summed[25:36] / (wide_mass / wide_mass.sum())[25:36])).max())
-    tau = summed_discrete_gaussian_tau(sigma=sigma, num_summands=count)
-    yield Evidence(
-        name="summed discrete Gaussians: τ",
-        claim="The closeness bound covers the log-ratio of the convolved law to the ideal one.",
-        measured=f"log-ratio {seen:.4f}",
-        bound=f"at most tau = {tau:.4f}",
-        holds=seen <= tau,
-        basis="computed",
     )
 
 
@@ -342,29 +260,6 @@ def amplitude_estimation() -> Iterator[Evidence]:
         bound="at most 0.2 from the answer (false alarm below 1e-9)",
         holds=against_memo <= 0.2,
     )
-
-
-def _scale(name: str, values: npt.NDArray[Any], stddev: float) -> Evidence:
-    scaled = values.astype(np.float64) / stddev
-    score = float((np.mean(scaled**2) - 1.0) / math.sqrt(2.0 / scaled.size))
-    bound = _two_sided(FALSE_ALARM)
-    return Evidence(
-        name=name,
-        claim="The noise has the standard deviation that is charged for.",
-        measured=f"variance {np.mean(scaled**2):.5f} of the stated one, standard score {score:+.2f} ({scaled.size} numbers)",
-        bound=f"within ±{bound:.2f} (false alarm {FALSE_ALARM:g})",
-        holds=abs(score) <= bound,
-    )
-
-
-def _moved(l2: float) -> Sensitivity:
-    return Sensitivity(l2=l2, neighboring_relation=_ONE.neighboring_relation)
-
-
-def _two_sided(false_alarm: float) -> float:
-    from scipy.special import ndtri
-
-    return float(-ndtri(false_alarm / 2.0))
 
 
 def _delta_on_the_plane(epsilon: float, sigma: float, vector: tuple[int, int]) -> float:

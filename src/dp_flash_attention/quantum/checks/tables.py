@@ -84,7 +84,7 @@ def check_generator(generator: DiscreteGaussianGenerator) -> Iterator[Evidence]:
 
 def _tail(name: str, variance: Fraction, masses: tuple[int, ...], precision_bits: int) -> Evidence:
     stddev = math.sqrt(variance)
-    first, last = math.ceil(6 * stddev), math.ceil(9 * stddev)
+    first, last = math.ceil(6 * stddev), math.floor(9 * stddev)
     error = largest_relative_error(variance, masses, precision_bits, first=first, last=last)
     return Evidence(
         name=f"{name}: tail",

@@ -15,9 +15,9 @@ from dp_flash_attention.noise import DiscreteGaussianGenerator, SecretKey
 from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
 
 MAX_CORRELATION: Final = 0.02
-# The standard deviation of ρ over n independent calls is 1/sqrt(n - 1): the bound lies 6.3 of them away at 10^5
-# calls and 20 at 10^6, so independence never looks like a leak.
-_CALLS: Final = 100_000
+# The standard deviation of ρ over n independent calls is 1/sqrt(n - 1): the bound lies 4.9 of them away at 60,000
+# calls (false alarm 1e-6) and 20 at 10^6.
+_CALLS: Final = 60_000
 _DEEP_CALLS: Final = 1_000_000
 _CONTROL_CALLS: Final = 5_000
 _CONTROL_STDDEV: Final = 4
@@ -31,7 +31,7 @@ def timing_checks(*, deep: bool = False) -> list[NamedCheck]:
     """Returns the checks of this subject.
 
     Args:
-        deep: Whether to time 10^6 calls of each, rather than 10^5.
+        deep: Whether to time 10^6 calls of each, rather than 60,000.
     """
     calls = _DEEP_CALLS if deep else _CALLS
     stddevs = (4, 32) if deep else (4,)

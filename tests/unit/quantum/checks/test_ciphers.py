@@ -11,6 +11,7 @@ from dp_flash_attention.quantum.evidence import run_checks
 
 def test_what_is_built_holds():
     assert all(result.holds for result in run_checks(ciphers.ciphers_checks()))
+    assert len(ciphers.ciphers_checks(deep=True)) == len(ciphers.ciphers_checks())
 
 
 def test_the_block_function_is_the_one_of_the_standard():

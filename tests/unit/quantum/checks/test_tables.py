@@ -48,8 +48,9 @@ def failing(generator):
     return [row.name for row in tables.check_generator(generator) if not row.holds]
 
 
-def test_what_is_built_holds():
-    assert all(result.holds for result in run_checks(tables.tables_checks()))
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_is_built_holds(deep):
+    assert all(result.holds for result in run_checks(tables.tables_checks(deep=deep)))
 
 
 @pytest.mark.parametrize(
