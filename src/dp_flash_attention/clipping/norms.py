@@ -166,6 +166,9 @@ def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATC
         x_BTD: Inputs [B, T, D] of any floating dtype.
         g_BTP: Output gradients [B, T, P].
         scratch_bytes: Most bytes of scratch for products and for widened copies.
+
+    Raises:
+        KernelMismatchError: If kernels run here and disagree with float64 at their first use.
     """
     size, num_rows, num_inputs = x_BTD.shape
     num_outputs = g_BTP.shape[2]
@@ -187,6 +190,7 @@ def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATC
 def _kernel_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, use_gram: bool) -> Tensor:
     from dp_flash_attention.clipping import kernels
 
+    kernels.require_agreement(x_BTD)
     if not use_gram:
         return kernels.outer_norm(x_BTD, g_BTP)
     total_B = kernels.gram_norm(x_BTD, g_BTP)

@@ -52,6 +52,10 @@ class NoiseReuseError(DPFlashAttentionError, RuntimeError):
     """A (key, step, stream) position of a noise generator would be used for two releases."""
 
 
+class KernelMismatchError(DPFlashAttentionError, RuntimeError):
+    """A kernel disagrees with its reference on this machine; its result must not be used, and was not."""
+
+
 class RunStateError(DPFlashAttentionError, RuntimeError):
     """A run directory, checkpoint or call order does not allow the requested action."""
 

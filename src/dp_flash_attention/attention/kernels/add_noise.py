@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dp_flash_attention.attention.kernels.launch import on_device
 from dp_flash_attention.attention.kernels.narrow import rounded
 from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels.transform import tile_normals
-from dp_flash_attention.noise.kernels.writer import refuse_graph_capture
+from dp_flash_attention.noise.kernels.writer import refuse_graph_capture, require_agreement
 from dp_flash_attention.noise.keystream import TILE_NUMBERS
 
 # Not yet measured; as in noise.kernels.writer.
@@ -96,13 +97,15 @@ def add_noise_on_device(
 
     Raises:
         NoiseReuseError: If a CUDA graph is being captured.
+        NoiseUnavailableError: If the noise kernel fails its check on this device.
     """
     refuse_graph_capture(out)
     if exact.numel() == 0:
         return
     num_heads = out.shape[1]
     num_entries, slice_heads, num_queries, width = exact.shape
-    deviations = stddev.to(out.device)[entry:, head:]
+    require_agreement(out, key)
+    deviations = on_device(stddev, out.device)[entry:, head:]
     blocks = triton.cdiv(num_queries * width, TILE_NUMBERS * _TILES_PER_PROGRAM)
     with torch.cuda.device_of(out):
         add_noise_kernel[(blocks * num_entries * slice_heads,)](

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dp_flash_attention.attention.interface import AttentionCall, Rounding
-from dp_flash_attention.core.errors import DependencyMissingError
+from dp_flash_attention.core.errors import DependencyMissingError, NoiseUnavailableError
 from dp_flash_attention.noise.device import require_triton
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class TritonBackend:
             or _refused_shape(call)
             or _refused_range(call)
             or _refused_noise(call)
+            or _failed_check(call)
         )
 
     def release(self, call: AttentionCall) -> Tensor:
@@ -94,6 +95,20 @@ def _refused_noise(call: AttentionCall) -> str | None:
     if call.noise is not None and call.noise.name == "secure" and call.noise.cipher != "chacha20":
         return f"cipher {call.noise.cipher!r} has no GPU kernel; it needs 'chacha20'"
     return None
+
+
+def _failed_check(call: AttentionCall) -> str | None:
+    """Runs the kernels on small problems at their first use on a device, before anything is spent."""
+    from dp_flash_attention.attention.kernels.launch import kernel_key
+    from dp_flash_attention.attention.kernels.selfcheck import disagreement
+    from dp_flash_attention.noise.kernels.writer import require_agreement
+
+    if call.noise is not None:
+        try:
+            require_agreement(call.query, kernel_key(call.noise))
+        except NoiseUnavailableError as error:
+            return str(error)
+    return disagreement(str(call.query.device), call.query.dtype)
 
 
 def make_backend() -> AttentionBackend:

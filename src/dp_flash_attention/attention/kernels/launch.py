@@ -93,7 +93,7 @@ def attention_forward(
         return out, lse
     noise = None if call.noise is None else kernel_key(call.noise)
     stddev = query.new_zeros(1, 1, 1, dtype=torch.float32) if call.stddev is None else call.stddev
-    stddev = stddev.to(query.device)
+    stddev = on_device(stddev, query.device)
     hidden = None if call.hidden is None else call.hidden.to(query.device).view(torch.uint8)
     inline = (default_factors(call) if factors is None else factors) == "inline"
     block_m, block_n, num_warps = block_shape(num_queries, width, value_width, query.dtype, inline=inline)
@@ -145,6 +145,15 @@ def attention_forward(
             num_stages=NUM_STAGES,
         )
     return out, lse
+
+
+def on_device(stddev: Tensor, device: torch.device) -> Tensor:
+    """Returns an expanded tensor on a device; what is expanded is not copied."""
+    own = stddev
+    for dim, stride in enumerate(stddev.stride()):
+        if stride == 0 and own.shape[dim] > 1:
+            own = own.narrow(dim, 0, 1)
+    return own.to(device).expand(stddev.shape)
 
 
 def row_factors(rows: Tensor, norm: float) -> Tensor:

@@ -6,5 +6,6 @@ same names there.
 
 from dp_flash_attention.clipping.kernels.gram_norm import gram_norm
 from dp_flash_attention.clipping.kernels.outer_norm import outer_norm
+from dp_flash_attention.clipping.kernels.selfcheck import require_agreement
 
-__all__ = ["gram_norm", "outer_norm"]
+__all__ = ["gram_norm", "outer_norm", "require_agreement"]

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
+from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError, NoiseUnavailableError
 from dp_flash_attention.noise.device import KernelKey
+from dp_flash_attention.noise.kernels.selfcheck import disagreement
 from dp_flash_attention.noise.kernels.transform import tile_normals
 from dp_flash_attention.noise.keystream import TILE_NUMBERS
 
@@ -85,6 +86,7 @@ def write_normals(
     Raises:
         InvalidInputError: If ``out`` is not float32 or not contiguous.
         NoiseReuseError: If a CUDA graph is being captured: its replays would write the same noise again.
+        NoiseUnavailableError: If the kernel does not agree with the CPU's generator on this device.
     """
     if out.dtype is not torch.float32:
         raise InvalidInputError(
@@ -95,6 +97,32 @@ def write_normals(
             "out.stride()", tuple(out.stride()), bound="contiguous on a GPU", remedy="Pass out.contiguous()."
         )
     refuse_graph_capture(out)
+    require_agreement(out, key)
+    _launch(out, two_variance, key, stream, add, tiles_per_program)
+
+
+def require_agreement(out: Tensor, key: KernelKey) -> None:
+    """Runs the kernel beside the CPU's generator before its first use for a device and a cipher.
+
+    Raises:
+        NoiseUnavailableError: If their numbers differ by more than rounding: nothing made with this kernel, here,
+            would be noise as it is accounted for.
+    """
+    problem = disagreement(_fill, str(out.device), key.cipher)
+    if problem is not None:
+        raise NoiseUnavailableError(
+            f"The noise kernel failed its check ({problem}). Make the noise on the CPU, and report this device and the versions "
+            "of triton and torch."
+        )
+
+
+def _fill(out: Tensor, key: KernelKey) -> None:
+    _launch(out, np.float32(2.0), key, 0, False, _TILES_PER_PROGRAM)
+
+
+def _launch(
+    out: Tensor, two_variance: np.float32, key: KernelKey, stream: int, add: bool, tiles_per_program: int
+) -> None:
     grid = (triton.cdiv(out.numel(), TILE_NUMBERS * tiles_per_program),)
     with torch.cuda.device_of(out):
         write_normals_kernel[grid](

@@ -1,0 +1,60 @@
+"""Compares the attention kernel with the float64 reference on a device, before its first use there."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from dp_flash_attention.attention.interface import AttentionCall, RowNorms
+from dp_flash_attention.attention.kernels.launch import attention_forward
+from dp_flash_attention.attention.reference import reference_attention
+
+# As shares of the value bound. A wrong clip, scale, mask, head or null weight is off by more than 0.05 here;
+# bfloat16 rounds queries, weights and values to 2^-9 each, and scores up to 3 with them.
+_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.03}
+
+
+@lru_cache(maxsize=64)
+def disagreement(device: str, dtype: torch.dtype) -> str | None:
+    """Returns by how much the kernel misses the reference on a small problem, as a clause, or None if it agrees.
+
+    Half of the rows are longer than their bounds. Noise has a check of its own (``noise.kernels.selfcheck``).
+    """
+    for causal in (False, True):
+        call = _problem(device, dtype, causal=causal)
+        expected = reference_attention(call)
+        for factors in ("inline", "ahead"):
+            found, _ = attention_forward(call, factors=factors)
+            error = float(torch.linalg.vector_norm(found.cpu().double() - expected, dim=-1).max())
+            if not error <= _TOLERANCE[dtype] * call.norms.value:  # a NaN is not
+                return (
+                    f"on {device!r} it misses the reference by {error:.3g} ({dtype}, {causal=}, {factors=})"
+                )
+    return None
+
+
+def _problem(device: str, dtype: torch.dtype, *, causal: bool) -> AttentionCall:
+    generator = torch.Generator().manual_seed(7)
+    norms = RowNorms(query=2.0, key=3.0, value=1.5)
+
+    def rows(heads: int, count: int, norm: float) -> torch.Tensor:
+        drawn = torch.randn(1, heads, count, 64, generator=generator)
+        lengths = norm * torch.exp(torch.randn(1, heads, count, 1, generator=generator)) / 8.0
+        return (drawn * lengths).to(device, dtype)
+
+    hidden = torch.rand(1, 75, generator=generator) < 0.3
+    return AttentionCall(
+        query=rows(2, 70, norms.query),
+        key=rows(1, 75, norms.key),
+        value=rows(1, 75, norms.value),
+        norms=norms,
+        scale=0.5,
+        score_bound=3.0,
+        causal=causal,
+        hidden=hidden.to(device),
+        null_rows=1.5,
+        stddev=None,
+        noise=None,
+        out_dtype=torch.float32,
+    )
