@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ def unpack(value: object) -> Unpacked:
         found = Unpacked(
             vector=np.array([whole_number], dtype=np.float64), whole=True, restore=lambda v: round(v[0])
         )
-    elif isinstance(value, Real):
+    elif isinstance(value, float | np.float32 | np.float16):
         found = Unpacked(
             vector=np.array([float(value)], dtype=np.float64), whole=False, restore=lambda v: float(v[0])
         )
