@@ -202,7 +202,7 @@ def _exact_delta(epsilon: float, sigma: float, shift: int) -> float:
     """Pr[Y > εσ²/Δ − Δ/2] − e^ε·Pr[Y > εσ²/Δ + Δ/2]; the noise is log-concave, so the largest shift is the worst."""
     threshold = math.floor(epsilon * sigma * sigma / shift - shift / 2.0) + 1
     first, second = _upper_tail(threshold, sigma), _upper_tail(threshold + shift, sigma)
-    return min(1.0, max(0.0, first - math.exp(epsilon) * second) + _ROUNDING * first)
+    return min(1.0, max(0.0, first - math.exp(min(epsilon, 700.0)) * second) + _ROUNDING * first)
 
 
 def _upper_tail(start: int, sigma: float) -> float:

@@ -30,21 +30,21 @@ def repetition_cutoff(min_entropy_per_byte: float) -> int:
     return 1 + math.ceil(-math.log2(ALARM_RATE) / min_entropy_per_byte)
 
 
-def proportion_cutoff(min_entropy_per_byte: float) -> int:
-    """Returns the count within a window of 512 at which the adaptive proportion test raises.
+def proportion_cutoff(min_entropy_per_byte: float, window: int = WINDOW) -> int:
+    """Returns the count within a window, of 512 if not said, at which the adaptive proportion test raises.
 
-    That is 1 + the smallest c with P(Binomial(512, 2^-H) > c) ≤ 2^-40, computed exactly: the probability is
+    That is 1 + the smallest c with P(Binomial(window, 2^-H) > c) ≤ 2^-40, computed exactly: the probability is
     rounded up to a multiple of 2^-53, and sums are of integers.
     """
     _checked(min_entropy_per_byte)
     scale = 53
     success = min(1 << scale, math.ceil(2.0 ** (scale - min_entropy_per_byte)))
     failure = (1 << scale) - success
-    whole = 1 << scale * WINDOW
-    above, count, term = 0, WINDOW, success**WINDOW
+    whole = 1 << scale * window
+    above, count, term = 0, window, success**window
     # Adds the terms from the top down until the tail is heavier than the rate allows.
     while (above := above + term) <= whole * ALARM_RATE:
-        term = term * count * failure // ((WINDOW + 1 - count) * success)
+        term = term * count * failure // ((window + 1 - count) * success)
         count -= 1
     return count + 1
 
@@ -68,10 +68,11 @@ def check_health(source: str, sample: bytes, *, min_entropy_per_byte: float) -> 
             f"{min_entropy_per_byte:g} bits a byte stays below {allowed} (SP 800-90B, 4.4.1). "
             "Repair or remove the source."
         )
-    count, most = largest_proportion(sample), proportion_cutoff(min_entropy_per_byte)
+    window = min(WINDOW, len(sample))
+    count, most = largest_proportion(sample), proportion_cutoff(min_entropy_per_byte, window)
     if count >= most:
         raise NoiseUnavailableError(
-            f"Entropy source {source!r} gave one byte {count} times within {WINDOW}, but a source of "
+            f"Entropy source {source!r} gave one byte {count} times within {window}, but a source of "
             f"{min_entropy_per_byte:g} bits a byte stays below {most} (SP 800-90B, 4.4.2). "
             "Repair or remove the source."
         )
@@ -89,10 +90,11 @@ def longest_run(sample: bytes) -> int:
 def largest_proportion(sample: bytes) -> int:
     """Returns how often a window's first byte occurs in it, at most, over consecutive windows of 512.
 
-    What is left over at the end is no whole window and is not counted.
+    A shorter sample is one window. What is left over behind whole windows is not counted.
     """
     symbols = _symbols(sample)
-    windows = symbols[: len(symbols) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    size = max(1, min(WINDOW, len(symbols)))
+    windows = symbols[: len(symbols) // size * size].reshape(-1, size)
     return int((windows == windows[:, :1]).sum(axis=1).max(initial=0))
 
 

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, NoReturn
 
 from dp_flash_attention.core.errors import InvalidInputError, NoiseUnavailableError
-from dp_flash_attention.noise.entropy_sources import MAX_CREDIT_BITS, EntropySource
+from dp_flash_attention.noise.entropy import os_entropy
+from dp_flash_attention.noise.entropy_sources import (
+    MAX_CREDIT_BITS,
+    CpuInstruction,
+    EntropySource,
+    OsPool,
+)
 from dp_flash_attention.noise.health import STARTUP_BYTES, check_health
 
 WIDE_KEY_BYTES: Final = 64
@@ -153,7 +159,8 @@ def draw_wide_key(
 
     From each source 1,024 bytes are read (a key file gives all it has), tested, and mixed whole: HKDF (RFC 5869) with
     HMAC-SHA3-512 over name and bytes of each, lengths first. The result is at least as hard to guess as any one
-    source's share, whatever the others do.
+    source's share, whatever the others do. Where the operating system's pool is not among the sources, 64 bytes of it
+    are mixed in without credit, so that two keys differ although a key file does not.
 
     Args:
         sources: At least one, with different names.
@@ -162,7 +169,8 @@ def draw_wide_key(
     Raises:
         NoiseUnavailableError: If a source fails, fails its health tests, gives too little or the same bytes as
             another one, or the credits do not add up to ``min_entropy_bits``.
-        InvalidInputError: If the list is empty or repeats a name, or ``min_entropy_bits`` is out of range.
+        InvalidInputError: If the list is empty, repeats a name or has the pool or the processor twice, or
+            ``min_entropy_bits`` is out of range.
     """
     names = [source.name for source in sources]
     if not names or len(set(names)) != len(names):
@@ -173,6 +181,14 @@ def draw_wide_key(
         raise InvalidInputError(
             "min_entropy_bits", min_entropy_bits, bound="1 to 512", remedy="Ask for 256 or 512."
         )
+    for kind in (OsPool, CpuInstruction):
+        if sum(isinstance(source, kind) for source in sources) > 1:
+            raise InvalidInputError(
+                "sources",
+                names,
+                bound=f"with one {kind.__name__} at most: read twice, under any names, it is one source",
+                remedy="Add an independent one.",
+            )
     samples = {source.name: _sample(source) for source in sources}
     if len(set(samples.values())) != len(samples):
         raise NoiseUnavailableError(
@@ -193,7 +209,10 @@ def draw_wide_key(
             f"The sources are credited with {entropy} bits ({listed}), but {min_entropy_bits} are asked for. "
             "Add an independent source: CpuInstruction(), a KeyFile, a hardware token."
         )
-    key = WideSecretKey(extract_and_expand(list(samples.items())), entropy_bits=entropy)
+    mixed = list(samples.items())
+    if not any(isinstance(source, OsPool) for source in sources):
+        mixed.append(("fresh", os_entropy(WIDE_KEY_BYTES)))
+    key = WideSecretKey(extract_and_expand(mixed), entropy_bits=entropy)
     return key, SeedReport(sources=reports, entropy_bits=entropy)
 
 

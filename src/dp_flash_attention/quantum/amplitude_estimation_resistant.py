@@ -139,7 +139,7 @@ class AmplitudeEstimationResistant:
         if unpacked.vector.size != dimension or unpacked.whole is not whole:
             raise InvalidInputError(
                 "the computed answer",
-                f"{unpacked.vector.size} numbers, whole: {unpacked.whole}",
+                "of another length or kind, not shown",
                 bound=f"{dimension} numbers, whole: {whole}, as declared",
                 remedy="Declare the answer's length and kind.",
             )

@@ -6,6 +6,7 @@ What survives restarts, crashes and several processes is a ledger's work; this i
 from __future__ import annotations
 
 import math
+import os
 import threading
 from typing import Protocol
 
@@ -44,7 +45,8 @@ class ConcentratedBudget:
         * Sensitivity: each release's own.
         * Theorem: ρ adds up, adaptively (Bun & Steinke 2016, Lemma 2.3); the sum is converted to (ε, δ) by Canonne,
           Kamath & Steinke 2020, Proposition 12; distances add up and cost (1+e^ε) times their sum.
-        * Nothing is refunded, and a charge is booked before the data are looked at.
+        * Nothing is refunded, and a charge is booked before the data are looked at. A forked process cannot charge: its
+          copy of the sum would be a second budget.
     """
 
     def __init__(self, total: PrivacyBudget) -> None:
@@ -54,6 +56,7 @@ class ConcentratedBudget:
         self._micro_rho = 0
         self._distance = 0.0
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def spent_rho(self) -> float:
@@ -69,7 +72,7 @@ class ConcentratedBudget:
         """Books one release, or refuses it and books nothing.
 
         Raises:
-            BudgetExhaustedError: If Σρ or Σdistance would exceed what the total allows.
+            BudgetExhaustedError: If Σρ or Σdistance would exceed what the total allows, or this is a forked process.
             InvalidInputError: If ``rho`` is not a finite number above 0, or ``distance`` is negative or none.
         """
         if not (math.isfinite(rho) and rho > 0.0 and math.isfinite(distance) and distance >= 0.0):
@@ -78,6 +81,11 @@ class ConcentratedBudget:
                 (rho, distance),
                 bound="rho above 0, distance at least 0",
                 remedy="Check the mechanism.",
+            )
+        if os.getpid() != self._process:
+            raise BudgetExhaustedError(
+                f"This budget belongs to process {self._process}, and this is a copy of it in process {os.getpid()}: "
+                "what both spend would be counted apart. Ask there, or use a ledger; nothing was computed or spent."
             )
         price = math.ceil(rho * MICRO * (1.0 + 1e-12))
         with self._lock:

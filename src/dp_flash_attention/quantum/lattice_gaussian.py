@@ -18,8 +18,8 @@ from dp_flash_attention.accounting.lattice_gaussian import (
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
 from dp_flash_attention.noise import NoiseKey, SecretKey
-from dp_flash_attention.noise.entropy import os_entropy
 from dp_flash_attention.quantum.exact_noise import MAX_DISTANCE
+from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     quantum_security_bits,
@@ -51,7 +51,7 @@ class LatticeGaussian:
         basis: Rows of a square matrix of full rank, in the value's unit, at most 64 x 64; None for scaled ℤ^d, the grid of
             ``PostQuantumGaussian``, which is thousands of times faster.
         grid: γ of scaled ℤ^d; only with ``basis=None``.
-        key: Secret of the noise; a fresh one if None. Each instance uses a subkey of its own.
+        key: Secret of the noise; a fresh one if None. Each release uses a subkey of its own.
         privacy_unit: What the sensitivity was derived for.
 
     Raises:
@@ -92,11 +92,9 @@ class LatticeGaussian:
             raise InvalidInputError(
                 "grid", grid, bound="None with a basis", remedy="Scale the basis instead."
             )
-        master = SecretKey.from_os() if key is None else key
-        nonce = "test" if master.is_test_key else os_entropy(32).hex()
-        self._key = master.derive(f"quantum.lattice_gaussian.{nonce}")
+        self._key = SecretKey.from_os() if key is None else key
         if basis is not None:
-            suitable_cipher(master, _CIPHER)  # rational coins come from AES-256, which takes 256-bit keys
+            suitable_cipher(self._key, _CIPHER)  # rational coins come from AES-256, which takes 256-bit keys
         self._unit = privacy_unit
         self._lattice = None if basis is None else lattice_from_rows(basis)
         self._integers = PostQuantumGaussian(key=self._key, grid=grid, privacy_unit=privacy_unit)
@@ -139,7 +137,7 @@ class LatticeGaussian:
         variance, delta = self._calibrated(lattice, copies, moved, budget)
         with self._lock:
             step, self._step = self._step, self._step + 1
-        coins = RationalCoins(self._key, step=step)
+        coins = RationalCoins(fresh_subkey(self._key, "quantum.lattice_gaussian"), step=step)
         noisy: list[float] = []
         zero = (Fraction(0),) * lattice.dimension
         for row in unpacked.vector.reshape(copies, lattice.dimension).tolist():

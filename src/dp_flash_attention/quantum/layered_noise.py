@@ -13,6 +13,7 @@ from dp_flash_attention.core.validation import non_negative_int, positive_int
 from dp_flash_attention.noise import NoiseKey, SecretKey
 from dp_flash_attention.noise.skellam import skellam
 from dp_flash_attention.quantum.exact_noise import noise_for
+from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     quantum_security_bits,
@@ -188,7 +189,7 @@ class LayeredNoise:
             value: One row a party.
             sensitivity: Of the sum.
             budget: What h honest shares guarantee.
-            keys: One secret a party; fresh ones if None.
+            keys: One secret a party, all different; fresh ones if None. Each release uses subkeys of its own.
 
         Raises:
             InvalidInputError: If an argument is out of range.
@@ -205,8 +206,18 @@ class LayeredNoise:
         secrets = [SecretKey.from_os() for _ in range(self._n)] if keys is None else list(keys)
         if len(secrets) != self._n:
             raise InvalidInputError("keys", len(secrets), bound=f"{self._n} keys", remedy="One a party.")
+        if len({key.export() for key in secrets}) != self._n:
+            raise InvalidInputError(
+                "keys",
+                "not shown",
+                bound="all different: equal keys make equal shares, whose sum shows the value modulo their number",
+                remedy="Let every party draw its own.",
+            )
         messages = {
-            party: self.message(value[party], plan, key=secrets[party], step=0) for party in range(self._n)
+            party: self.message(
+                value[party], plan, key=fresh_subkey(secrets[party], "quantum.layered_noise.release"), step=0
+            )
+            for party in range(self._n)
         }
         return self.combine(messages, plan, sensitivity, key_bits=min(map(secret_bits, secrets)))
 

@@ -19,8 +19,8 @@ from dp_flash_attention.core.privacy import (
 )
 from dp_flash_attention.core.validation import positive_finite
 from dp_flash_attention.noise import ExactCipher, NoiseKey, SecretKey
-from dp_flash_attention.noise.entropy import os_entropy
 from dp_flash_attention.quantum.exact_noise import noise_for
+from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
@@ -41,8 +41,9 @@ class PostQuantumGaussian:
     """Releases numbers with discrete Gaussian noise whose every deviation from the ideal is in δ.
 
     Args:
-        key: Secret of the noise; a fresh one from the operating system if None. Each instance uses a subkey of its own,
-            so a key that is stored and loaded again never repeats noise. (A ``TestKey`` does repeat, and is reported.)
+        key: Secret of the noise; a fresh one from the operating system if None. Each release uses a subkey of its own,
+            so a stored key that is loaded again, a copy and a forked process never repeat noise. (A ``TestKey`` does
+            repeat, and is reported.)
         grid: γ, a power of two in the value's unit; None for one that rounding makes at most 1/64 worse. Whole numbers
             have γ = 1, and rounding costs nothing.
         l2_clip_norm: If given, the value is first projected onto the ball of this L2 norm, which moves no two values
@@ -85,16 +86,14 @@ class PostQuantumGaussian:
         cipher: ExactCipher | None = None,
         privacy_unit: PrivacyUnit = PrivacyUnit.EXAMPLE,
     ) -> None:
-        master = SecretKey.from_os() if key is None else key
-        nonce = "test" if master.is_test_key else os_entropy(32).hex()
-        self._key = master.derive(f"quantum.post_quantum_gaussian.{nonce}")
+        self._key = SecretKey.from_os() if key is None else key
         self._grid = grid
         self._clip = (
             None
             if l2_clip_norm is None
             else positive_finite("l2_clip_norm", l2_clip_norm, remedy="It is the largest norm kept.")
         )
-        self._cipher = suitable_cipher(master, cipher)
+        self._cipher = suitable_cipher(self._key, cipher)
         self._unit = privacy_unit
         self._step = 0
         self._lock = threading.Lock()
@@ -210,7 +209,8 @@ class PostQuantumGaussian:
     def _noise(self, plan: GaussianPlan) -> Integers:
         with self._lock:
             step, self._step = self._step, self._step + 1
-        return noise_for(plan.variance).draw(self._key, plan.dimension, step=step, cipher=self._cipher)
+        key = fresh_subkey(self._key, "quantum.post_quantum_gaussian")
+        return noise_for(plan.variance).draw(key, plan.dimension, step=step, cipher=self._cipher)
 
     def _advantage(self, dimension: int) -> float:
         return generator_advantage(dimension, searched_bits(self._key), self._cipher)

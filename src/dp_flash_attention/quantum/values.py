@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def unpack(value: object) -> Unpacked:
         if abs(int(value)) > MAX_MAGNITUDE:
             raise _too_large()
         flat, restore = np.array([int(value)], dtype=np.int64), lambda found: round(float(found[0]))
-    elif isinstance(value, Real):
+    elif isinstance(value, float | np.float32 | np.float16):
         flat, restore = np.array([float(value)]), lambda found: float(found[0])
     else:
         raise InvalidInputError("value", type(value).__name__, bound=_KINDS, remedy="Convert it first.")

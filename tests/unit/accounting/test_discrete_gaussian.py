@@ -168,3 +168,10 @@ def test_values_outside_their_range_are_named(change, name):
     good = {"epsilon": 1.0, "sigma": 4.0, "l2_sensitivity": 1.0, "dimension": 1}
     with pytest.raises(InvalidInputError, match=name):
         discrete_gaussian_delta(**{**good, **change})
+
+
+def test_no_noise_has_a_clear_error_and_not_an_overflow():
+    with pytest.raises(InvalidInputError, match="reachable"):
+        discrete_gaussian_epsilon(delta=1e-9, sigma=1e-4, l2_sensitivity=1.0)
+    found = discrete_gaussian_epsilon(delta=1e-9, sigma=0.02, l2_sensitivity=1.0)
+    assert discrete_gaussian_delta(epsilon=found, sigma=0.02, l2_sensitivity=1.0) <= 1e-9

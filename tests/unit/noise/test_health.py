@@ -69,7 +69,8 @@ def test_the_statistics_themselves():
     assert longest_run(b"") == 0
     assert longest_run(b"abbbcc") == 3
     assert longest_run(b"aaaa") == 4
-    assert largest_proportion(b"a" * 511) == 0
+    assert largest_proportion(b"") == 0
+    assert largest_proportion(b"a" * 511) == 511
     assert largest_proportion(b"a" + b"b" * 510 + b"a" + b"c" * 512) == 512
 
 
@@ -77,3 +78,16 @@ def test_the_statistics_themselves():
 def test_a_claim_out_of_range_is_refused(entropy):
     with pytest.raises(InvalidInputError, match="min_entropy_per_byte"):
         check_health("x", bytes(32), min_entropy_per_byte=entropy)
+
+
+@pytest.mark.parametrize("window", [32, 40, 256])
+def test_a_sample_shorter_than_a_window_is_one(window):
+    """A key file of 32 bytes may be one: two values in turn, or sixteen, are not 8 bits a byte."""
+    with pytest.raises(NoiseUnavailableError, match=f"within {window}"):
+        check_health("short", b"ab" * (window // 2), min_entropy_per_byte=8.0)
+    cutoff = proportion_cutoff(8.0, window)
+    tail = stats.binom.sf(np.array([cutoff - 1, cutoff - 2]), window, 1 / 256)
+    assert tail[0] <= float(ALARM_RATE) * (1 + 1e-6)
+    assert tail[1] > float(ALARM_RATE) * (1 - 1e-6)
+    for start in range(20):
+        check_health("good", np.random.default_rng(start).bytes(window), min_entropy_per_byte=8.0)

@@ -13,6 +13,7 @@ from dp_flash_attention.core.errors import InvalidInputError, NoiseUnavailableEr
 from dp_flash_attention.noise import (
     DiscreteGaussianGenerator,
     ExternalSource,
+    KeyFile,
     OsPool,
     SecretKey,
     SecureNormalGenerator,
@@ -172,3 +173,20 @@ def test_only_shake256_takes_a_wide_key():
         with pytest.raises(InvalidInputError, match="shake256"):
             make()
     DiscreteGaussianGenerator(SecretKey.from_os(), stddev=4, cipher="shake256")
+
+
+def test_the_pool_under_another_name_is_not_a_second_source():
+    """It would be credited with 512 bits, and noise with 256-bit quantum strength, from one pool."""
+    with pytest.raises(InvalidInputError, match="one OsPool"):
+        draw_wide_key([OsPool(), OsPool(name="second")], min_entropy_bits=512)
+
+
+def test_two_keys_from_one_key_file_differ(tmp_path):
+    """A process that starts again with its key file must not start with the same noise."""
+    path = tmp_path / "secret"
+    path.write_bytes(np.random.default_rng(3).bytes(64))
+    path.chmod(0o600)
+    file = KeyFile(path=path, credit_bits=256)
+    first, report = draw_wide_key([file], min_entropy_bits=256)
+    assert first != draw_wide_key([file], min_entropy_bits=256)[0]
+    assert report.entropy_bits == first.entropy_bits == 256

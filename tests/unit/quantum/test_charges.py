@@ -1,4 +1,5 @@
 import math
+import os
 
 import pytest
 
@@ -45,3 +46,19 @@ def test_distances_of_finite_precision_are_a_budget_of_their_own():
 def test_what_is_no_price_is_refused(rho, distance):
     with pytest.raises(InvalidInputError, match="charge"):
         ConcentratedBudget(TOTAL).charge(rho=rho, distance=distance)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_no_budget_of_its_own():
+    book = ConcentratedBudget(PrivacyBudget(epsilon=1.0, delta=1e-6))
+    child = os.fork()
+    if child == 0:
+        try:
+            book.charge(rho=1e-4, distance=0.0)
+        except BudgetExhaustedError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    book.charge(rho=1e-4, distance=0.0)

@@ -8,7 +8,7 @@ from scipy import stats
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
-from dp_flash_attention.noise import TestKey
+from dp_flash_attention.noise import SecretKey, TestKey
 from dp_flash_attention.quantum.layered_noise import LayeredNoise
 
 BUDGET = PrivacyBudget(epsilon=1.0, delta=1e-6)
@@ -142,3 +142,19 @@ def test_messages_that_do_not_fit_are_refused():
         noise.release(np.zeros((5, 3)), ONE, BUDGET)
     with pytest.raises(InvalidInputError, match="keys"):
         noise.release(np.zeros((6, 3)), ONE, BUDGET, keys=[TestKey("x")])
+
+
+def test_the_same_keys_make_other_noise_in_the_next_release():
+    """Equal noise under two values would show their difference exactly."""
+    keys = [SecretKey.from_os() for _ in range(N)]
+    zeros, ones = np.zeros((N, 8)), np.ones((N, 8))
+    first = parties("skellam").release(zeros, ONE, BUDGET, keys=keys).value
+    second = parties("skellam").release(ones, ONE, BUDGET, keys=keys).value
+    assert len(set((second - first).tolist())) > 1
+
+
+def test_equal_keys_are_refused():
+    """n equal shares add up to n times one share: the sum shows the value modulo n."""
+    keys = [TestKey("one")] * N
+    with pytest.raises(InvalidInputError, match="all different"):
+        parties("skellam").release(np.zeros((N, 3)), ONE, BUDGET, keys=keys)

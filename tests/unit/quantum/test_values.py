@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +97,12 @@ def test_what_is_no_finite_number_is_refused_without_showing_it(bad):
     with pytest.raises(InvalidInputError) as error:
         unpack(bad)
     assert "1152921504606846976" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value", [Fraction(2**53 + 1, 2), np.longdouble(1.5)], ids=["fraction", "long double"]
+)
+def test_what_a_double_cannot_hold_is_refused(value):
+    """Rounding to a double would come before rounding to the grid, and is not in the sensitivity."""
+    with pytest.raises(InvalidInputError, match="Convert it first"):
+        unpack(value)
