@@ -163,12 +163,14 @@ def release_attention(
         InvalidInputError: As there, and if the tensors do not have the plan's shapes.
     """
     check_shapes(query, key, value, enable_gqa=True)
-    hidden = check_context(query, key, value, plan, key_padding_mask, record_ids)
     out_type = checked_out_dtype(out_dtype, query.dtype)
+    # What is checked is what is computed with: a large number may become infinite in a narrower dtype.
+    query, key, value = (rows.to(plan.compute_dtype) for rows in (query, key, value))
+    hidden = check_context(query, key, value, plan, key_padding_mask, record_ids)
     call = AttentionCall(
-        query=query.to(plan.compute_dtype),
-        key=key.to(plan.compute_dtype),
-        value=value.to(plan.compute_dtype),
+        query=query,
+        key=key,
+        value=value,
         norms=plan.norms,
         scale=plan.scale,
         score_bound=plan.score_bound,

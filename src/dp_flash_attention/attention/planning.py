@@ -19,6 +19,7 @@ from dp_flash_attention.attention.sensitivity import (
     replace_one_curve,
     rounding_slack,
     score_bound,
+    subnormal_step,
 )
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget
@@ -173,7 +174,7 @@ def plan_attention_release(
         value=clip_threshold(bounds.value_norm, compute_dtype, width),
     )
     rows = _public_rows(bounds, batch_size, num_key_rows)
-    sensitivity = _sensitivity(bounds, reach, num_queries, query_width, rows, is_causal, compute_dtype)
+    sensitivity = _sensitivity(bounds, reach, num_queries, query_width, width, rows, is_causal, compute_dtype)
     head_mus, total = _head_mus(num_heads, budget, mu, head_epsilons, head_importance)
     charged = num_queries * (batch_size if bounds.contexts is Contexts.SHARED else 1)
     # [B or 1, H, Q]: every output of a head takes an equal share of its μ².
@@ -229,6 +230,7 @@ def _sensitivity(
     reach: float,
     num_queries: int,
     query_width: int,
+    value_width: int,
     num_key_rows: int | None,
     is_causal: bool,
     dtype: torch.dtype,
@@ -253,6 +255,8 @@ def _sensitivity(
             score_bound=reach,
         )
         reach, output_slack = reach + slack.score, slack.output * bounds.value_norm
+        # Below the dtype's normal range an output is rounded by up to half a step, whatever its size.
+        output_slack += math.sqrt(value_width) * subnormal_step(dtype)
     visible = np.arange(1, num_queries + 1) if is_causal else None
     if bounds.neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE:
         exact = _add_or_remove_curve(bounds, reach, num_queries, visible)[None]

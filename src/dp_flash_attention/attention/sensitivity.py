@@ -179,7 +179,7 @@ def clip_threshold(norm: float, dtype: torch.dtype, width: int) -> float:
     # (width + 1) roundings in the sum of squares, halved by the root; 16 more cover the root, the
     # quotient, the product and an approximate reciprocal root of a GPU.
     relative = (1.0 + (count + 16) * working) * (1.0 + unit_roundoff(dtype))
-    absolute = math.sqrt(count) * 0.5 * _subnormal_step(dtype)
+    absolute = math.sqrt(count) * 0.5 * subnormal_step(dtype)
     threshold = (bound - absolute) / relative / _UPWARD
     if threshold <= 0.0:
         raise InvalidInputError(
@@ -245,7 +245,7 @@ def rounding_slack(
     error = 2.0 * (weight + sums)
     if own > working:
         # The rounded weight enters the numerator alone, and the output is rounded too.
-        error += 2.0 * own + 0.5 * _subnormal_step(dtype) * min(rows, math.exp(2.0 * score_bound))
+        error += 2.0 * own + 0.5 * subnormal_step(dtype) * min(rows, math.exp(2.0 * score_bound))
     return RoundingSlack(score=0.0, output=2.0 * error * _HIGHER_ORDER)
 
 
@@ -254,8 +254,8 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2.0
 
 
-def _subnormal_step(dtype: torch.dtype) -> float:
-    # Flushing subnormals to zero only shortens a row; the step bounds what rounding them can add.
+def subnormal_step(dtype: torch.dtype) -> float:
+    """Returns the distance of numbers below the normal range, the most that flushing or rounding them changes."""
     info = torch.finfo(dtype)
     return float(info.smallest_normal) * float(info.eps)
 

@@ -283,6 +283,10 @@ REFUSED = {
     "a NaN among the keys": (lambda: (poisoned(1, math.nan), {}), "key"),
     "an infinity among the values": (lambda: (poisoned(2, -math.inf), {}), "value"),
     "a norm beyond float32": (lambda: (poisoned(2, 1e30), {}), "value"),
+    "a number beyond the compute dtype": (
+        lambda: (poisoned(1, 1e6), {"compute_dtype": torch.float16}),
+        "key",
+    ),
     "fewer rows than assumed": (lambda: (rows(keys=NUM_ROWS - 1), {}), "num_rows|num_key_rows"),
     "fewer visible rows than assumed": (
         lambda: (rows(), {"key_padding_mask": hidden_but(32)}),

@@ -1,4 +1,7 @@
-"""FlexAttention, compiled. The first call of a shape compiles for some seconds (a GPU) to a minute (a CPU)."""
+"""FlexAttention, compiled: the first call of a shape compiles for some seconds.
+
+GPUs only: torch 2.13 compiles it for CPUs without the log-sum-exp, which null rows and passes need.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ class FlexKernel:
     """``torch.nn.attention.flex_attention`` with its log-sum-exp; masks become block masks."""
 
     name = "flex"
-    devices = frozenset({"cpu", "cuda"})
+    devices = frozenset({"cuda"})
     equal_widths = True
 
     def check_installed(self) -> None:
         """It comes with torch; what compiles it is looked for when it compiles."""
 
     def refusal(self, call: AttentionCall, *, needs_grad: bool) -> str | None:
-        """Refuses gradients on CPUs and float64."""
+        """Refuses gradients and float64."""
         if needs_grad:
             return "its gradients are not offered"
         if call.query.dtype is torch.float64:
@@ -33,16 +36,18 @@ class FlexKernel:
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See ``FlashKernel``."""
-        out, lse = _compiled()(
+        from torch.nn.attention.flex_attention import AuxRequest
+
+        out, extra = _compiled()(
             q,
             k,
             v,
             block_mask=_block_mask(q, k, causal=causal, bias=bias),
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
-            return_lse=True,
+            return_aux=AuxRequest(lse=True),
         )
-        return out, lse
+        return out, extra.lse
 
     def backward(self, *_: object, **__: object) -> Any:
         """Never reached: ``refusal`` keeps calls that need gradients away."""

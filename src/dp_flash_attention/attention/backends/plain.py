@@ -15,9 +15,10 @@ from dp_flash_attention.attention.interface import AttentionCall, Rounding
 from dp_flash_attention.attention.noising import add_noise, add_noise_into
 from dp_flash_attention.attention.rows import clip_rows, clip_rows_into
 
-SLICE_NUMBERS: Final = 1 << 20
-"""Numbers of the queries (or keys) of one slice: 4 MiB in float32, so that clipped rows take at most that three times.
-Slices of 2^18 numbers, which would fit the second-level cache, were 2 % slower at 4 heads of 2,048 × 64 on two cores."""
+SLICE_NUMBERS: Final = 1 << 19
+"""Numbers of the queries (or keys) of one slice: 2 MiB in float32, so that clipped rows take at most that three times (or
+one head's, if that is more). Slices of 2^18 numbers, which would fit the second-level cache, were 2 % slower at 4
+heads of 2,048 × 64."""
 
 
 class PlainBackend:
