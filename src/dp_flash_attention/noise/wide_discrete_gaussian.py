@@ -2,7 +2,7 @@
 
 With k = 2^b, A from the one-sided law P(A) ∝ exp(−A²k²/2σ²), A ≥ 0, and u uniform below k, accept y = kA + u with probability
 exp(−γ), γ = u(u + 2kA)/2σ². Accepted y have P(y) ∝ exp(−y²/2σ²), y ≥ 0; a sign, and refusing −0, makes N_ℤ(0, σ²) of
-them (Pöppelmann, Ducas & Güneysu 2014, section 3). k is chosen so that σ/k lies in [4, 8): nine of ten are accepted.
+them (Ducas, Durmus, Lepoint & Lyubashevsky 2013, section 6). k is chosen so that σ/k lies in [4, 8): nine of ten are accepted.
 
 Distance, per sample:
     table    the one-sided table is within d = 3·t + n·2^-128 of its law, t the two-sided table's certified distance and n
@@ -10,7 +10,7 @@ Distance, per sample:
     coin     a 192-bit word is compared with exp(−γ): 64 bits against a double, and all of them against 90 decimal
              digits where these are closer than 2^-45. Off by less than 2^-180.
     supply   a chunk proposes 65,536 for 57,344. By Hoeffding's inequality it runs short with probability below
-             exp(−2·65536·(0.909 − 0.875)²) < 2^-200; then nothing is released.
+             exp(−2·65536·(0.905 − 0.875)²) < 2^-170; then nothing is released. 2^-160 is charged for that.
 
 Time: the scan and the arithmetic do not depend on the values; how many proposals are refused, and which, is independent of
 the values that are accepted. The exact comparison happens once in 2^44 proposals.
@@ -97,7 +97,7 @@ class WideDiscreteGaussian:
     Guarantees:
         * Neighbouring relation, unit, sensitivity: the caller's. Public: all attributes. Secret: keys.
         * Theorem: N samples are within N·``total_variation`` of N independent ideal ones (the module's docstring).
-        * Source: Pöppelmann, Ducas & Güneysu 2014; Canonne, Kamath & Steinke 2020 (the law and its privacy).
+        * Source: Ducas, Durmus, Lepoint & Lyubashevsky 2013, section 6; Canonne, Kamath & Steinke 2020 (the law and its privacy).
     """
 
     def __init__(self, variance: Fraction) -> None:
@@ -115,7 +115,7 @@ class WideDiscreteGaussian:
         narrow = build_table(variance / self.multiplier**2)
         self.table, rounding = _one_sided(narrow)
         one_sided = 3 * certify_table(narrow).total_variation + rounding
-        exact = Fraction(3, 2) * one_sided / _ACCEPTED + Fraction(1, 2**180)
+        exact = Fraction(3, 2) * one_sided / _ACCEPTED + Fraction(1, 2**180) + Fraction(1, 2**160)
         self.total_variation = float(exact) * (1.0 + 1e-15)
         self.largest = self.multiplier * len(self.table.masses) - 1
         self._half_inverse = float(1 / (2 * variance))
@@ -164,7 +164,7 @@ class WideDiscreteGaussian:
                 return
         raise NoiseUnavailableError(
             f"Only {filled} of {_PROPOSALS} proposals were accepted, but {len(out)} are needed, which has "
-            "probability below 2^-200. Test this machine's memory and processor."
+            "probability below 2^-170. Test this machine's memory and processor."
         )
 
     def _scan(self, worker: _Worker, source: Stream, index: int) -> npt.NDArray[Any]:

@@ -25,7 +25,7 @@ from dp_flash_attention.quantum.generator_strength import (
     strength_assumptions,
     suitable_cipher,
 )
-from dp_flash_attention.quantum.grid import round_to_grid
+from dp_flash_attention.quantum.grid import add_on_grid, round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.prf import keyed_shake256
 from dp_flash_attention.quantum.values import Integers, unpack
@@ -144,8 +144,8 @@ class AmplitudeEstimationResistant:
                 remedy="Declare the answer's length and kind.",
             )
         counts = round_to_grid(unpacked.vector, plan.grid)
-        self._commit(label, counts)
-        noisy = (counts + self._noise(label, counts, plan)).astype(np.float64) * plan.grid
+        commitment = self._commit(label, counts)
+        noisy = add_on_grid(counts, self._noise(label, commitment, plan), 1.0).astype(np.float64) * plan.grid
         return self._describe(unpacked.restore(noisy), plan, sensitivity)
 
     def release(
@@ -185,7 +185,8 @@ class AmplitudeEstimationResistant:
             num_bytes=_DIGEST_BYTES,
         )
 
-    def _commit(self, label: bytes, counts: Integers) -> None:
+    def _commit(self, label: bytes, counts: Integers) -> bytes:
+        """Returns a keyed hash of label and rounded value, after comparing it with the one of an earlier answer."""
         seen = keyed_shake256(
             self._secret,
             label,
@@ -201,12 +202,13 @@ class AmplitudeEstimationResistant:
                     "has one answer. Give changed data a new data_version (and make the computation deterministic)."
                 )
             self._answered[label] = seen
+        return seen
 
-    def _noise(self, label: bytes, counts: Integers, plan: GaussianPlan) -> Integers:
+    def _noise(self, label: bytes, commitment: bytes, plan: GaussianPlan) -> Integers:
         seed = keyed_shake256(
             self._secret,
             label,
-            counts.astype("<i8").tobytes(),
+            commitment,
             domain=b"dpfa.memo.noise.v1",
             num_bytes=len(self._secret),
         )
@@ -215,7 +217,7 @@ class AmplitudeEstimationResistant:
             key = WideSecretKey.from_bytes(seed, entropy_bits=self._master.entropy_bits)
         else:
             key = SecretKey.from_bytes(seed)
-        return noise_for(plan.variance).draw(key, counts.size, step=0, cipher=self._cipher)
+        return noise_for(plan.variance).draw(key, plan.dimension, step=0, cipher=self._cipher)
 
     def _describe(self, value: Any, plan: GaussianPlan, sensitivity: Sensitivity) -> Release:
         return Release(

@@ -16,9 +16,12 @@ from dp_flash_attention.noise import (
     certify_layers,
     plan_layers,
 )
-from dp_flash_attention.noise.wide_discrete_gaussian import MIN_VARIANCE, WideDiscreteGaussian
+from dp_flash_attention.noise.wide_discrete_gaussian import WideDiscreteGaussian
 from dp_flash_attention.quantum.values import Integers
 
+# Measured on two busy cores of an AMD EPYC, layers over one table and coins: 20 to 14 million a second at σ = 100 (3
+# layers), 10 to 13 at σ = 4,096 (5 layers), 7.5 to 14 at σ = 1.1 million (9 layers).
+_WIDE_FROM = Fraction(2048**2)
 MAX_DISTANCE_EXACT = Fraction(1, 2**100)
 MAX_DISTANCE = float(MAX_DISTANCE_EXACT)
 """Largest certified total variation per sample; plans reserve δ for it."""
@@ -31,7 +34,7 @@ class ExactNoise:
     Attributes:
         total_variation: Certified distance of one sample from the ideal law, rounded up.
         largest: The largest magnitude that can come out.
-        sampler: What draws: layers of tables, or one table and coins for wide noise (five times faster there).
+        sampler: What draws: layers of tables, or one table and coins for wide noise (up to twice as fast).
     """
 
     total_variation: float
@@ -60,7 +63,7 @@ def noise_for(variance: Fraction) -> ExactNoise:
     Raises:
         InvalidInputError: If the certified distance would be above 2^-100, or the variance is out of range.
     """
-    if variance >= MIN_VARIANCE:
+    if variance >= _WIDE_FROM:
         wide = WideDiscreteGaussian(variance)
         assert wide.total_variation <= MAX_DISTANCE, "128-bit tables are far finer"
         return ExactNoise(total_variation=wide.total_variation, largest=wide.largest, sampler=wide)

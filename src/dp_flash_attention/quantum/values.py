@@ -17,8 +17,8 @@ Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 # Doubles hold every integer up to 2^53; one bit is left for the noise.
 MAX_MAGNITUDE = 2.0**52
-# Squares of larger numbers overflow, and a clip norm could not be computed.
-_LARGEST_FLOAT = 1e150
+# Sums of squares of larger numbers could overflow, and a norm could not be computed.
+_LARGEST_FLOAT = 1e140
 
 _KINDS = "a finite float or whole number, a NumPy array or a dense torch tensor of them"
 _NATIVE = (np.float32, np.float64, np.int64)

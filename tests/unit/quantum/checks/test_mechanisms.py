@@ -95,8 +95,8 @@ def test_a_memo_that_ignores_the_epoch_fails(monkeypatch):
 def test_noise_that_is_not_memoised_fails(monkeypatch):
     noise = AmplitudeEstimationResistant._noise
 
-    def fresh(self, label, counts, plan):
-        return noise(self, mechanisms.SecretKey.from_os().export(), counts, plan)
+    def fresh(self, label, commitment, plan):
+        return noise(self, mechanisms.SecretKey.from_os().export(), commitment, plan)
 
     monkeypatch.setattr(AmplitudeEstimationResistant, "_noise", fresh)
     assert "AmplitudeEstimationResistant: repeats" in failing(mechanisms.memo)
@@ -104,7 +104,7 @@ def test_noise_that_is_not_memoised_fails(monkeypatch):
 
 
 def test_changed_data_that_are_answered_fail(monkeypatch):
-    monkeypatch.setattr(AmplitudeEstimationResistant, "_commit", lambda *a: None)
+    monkeypatch.setattr(AmplitudeEstimationResistant, "_commit", lambda *a: b"")
     assert failing(mechanisms.memo) == ["AmplitudeEstimationResistant: changed data"]
 
 
