@@ -153,7 +153,7 @@ class PostQuantumGaussian:
         The sum is one of whole numbers, so no rounding of floating-point sums is left out of the guarantee.
 
         Args:
-            rows: float array or tensor [n, d], one row for each unit.
+            rows: float array or tensor [n, d], one row for each unit; n may be 0, for n is private under add/remove.
             l2_clip_norm: C; a longer row is scaled down to it.
             budget: What all terms together may cost.
             neighboring_relation: Replace-one has twice the sensitivity of add/remove.
@@ -166,8 +166,8 @@ class PostQuantumGaussian:
                 "rows", type(rows).__name__, bound="a matrix [n, d]", remedy="One row a unit."
             )
         clip = positive_finite("l2_clip_norm", l2_clip_norm, remedy="It is the largest norm of one row.")
-        unpacked = unpack(rows)
-        matrix = unpacked.vector.reshape(rows.shape)
+        one_row = unpack(rows[0] if rows.shape[0] else rows.sum(0))
+        matrix = unpack(rows).vector.reshape(rows.shape) if rows.shape[0] else np.zeros(rows.shape)
         times = 2.0 if neighboring_relation is NeighboringRelation.REPLACE_ONE else 1.0
         # A clipped row is at most C long, and its rounding adds γ√d/2; ``plan`` adds γ√d for two rounded vectors, which
         # covers one row (add/remove) and both rows (replace).
@@ -191,8 +191,7 @@ class PostQuantumGaussian:
                     "rows", "not shown", bound="a sum below 2^52 grid steps", remedy="Widen the grid."
                 )
         noisy = self._add_noise(total, plan)
-        like = rows[0] if matrix.shape[0] else rows.reshape(-1)
-        return self._describe(unpack(like).restore(noisy), plan, neighboring_relation)
+        return self._describe(one_row.restore(noisy), plan, neighboring_relation)
 
     def _add_noise(self, counts: Integers, plan: GaussianPlan) -> Vector:
         with self._lock:
