@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class VerifiedCertificate:
         signer: The key that signed, as the trust file knows it.
         signed_at: When, by the signer's own clock.
         files: Names of the files that are as they were signed; empty if they were not looked at.
-        unsigned: Names of files beside the certificate that the signature says nothing about.
+        unsigned: Names of files and folders beside the certificate that the signature says nothing about, folders (which
+            are never signed) with a slash; hidden ones are left out.
     """
 
     certificate: dict[str, Any]
@@ -149,7 +150,7 @@ def verify_certificate(
         signer=signer,
         signed_at=str(body["signed_at"]),
         files=covered,
-        unsigned=tuple(name for name in _beside(directory) if name not in body["files"]),
+        unsigned=_unsigned(directory, body["files"]),
     )
 
 
@@ -180,6 +181,17 @@ def _beside(directory: Path) -> Iterable[str]:
         path.name
         for path in directory.iterdir()
         if path.is_file() and not path.name.startswith(".") and path.name not in own
+    )
+
+
+def _unsigned(directory: Path, files: Container[str]) -> tuple[str, ...]:
+    names = sorted(directory.iterdir(), key=lambda path: path.name)
+    return tuple(
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in names
+        if not path.name.startswith(".")
+        and path.name not in (CERTIFICATE_FILE, SIGNATURE_FILE)
+        and (path.is_dir() or path.name not in files)
     )
 
 
