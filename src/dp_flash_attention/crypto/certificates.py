@@ -83,7 +83,7 @@ def sign_certificate(directory: Path, key: SigningKey) -> Path:
         "subject": CERTIFICATE_FILE,
         "canonicalization": _CANONICALIZATION,
         "certificate_sha256": hashlib.sha256(canonical(content)).hexdigest(),
-        "files": {name: _fingerprint(directory / name) for name in _beside(directory)},
+        "files": {name: fingerprint(directory / name) for name in _beside(directory)},
     }
     signature = key.sign(canonical(body), context=_CONTEXT)
     target = directory / SIGNATURE_FILE
@@ -195,7 +195,17 @@ def _unsigned(directory: Path, files: Container[str]) -> tuple[str, ...]:
     )
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def certificate_digest(directory: Path) -> str:
+    """Returns the SHA-256 of the certificate's canonical form.
+
+    Raises:
+        InvalidInputError: If there is no certificate.
+    """
+    return hashlib.sha256(canonical(_certificate(directory))).hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Returns what a signature says of a file: its SHA-256 and its size."""
     with open(path, "rb") as file:
         size = path.stat().st_size
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": size}
@@ -210,7 +220,7 @@ def _check_files(directory: Path, files: dict[str, Any], signer: TrustedKey) -> 
                 f"{path} is signed but missing. Ask {signer.name} for it, or verify the certificate alone with "
                 "--certificate-only."
             )
-        if _fingerprint(path) != expected:
+        if fingerprint(path) != expected:
             raise AuthenticationError(
                 f"{path} was altered after it was signed. Ask {signer.name} for the original."
             )
