@@ -34,8 +34,13 @@ class PrivacyBudget:
     delta: float
 
     def __post_init__(self) -> None:
-        positive_finite("epsilon", self.epsilon, remedy="Common values lie between 0.1 and 10.")
-        open_unit("delta", self.delta, remedy="Choose well below 1 / (number of records), such as 1e-6.")
+        epsilon = positive_finite("epsilon", self.epsilon, remedy="Common values lie between 0.1 and 10.")
+        delta = open_unit(
+            "delta", self.delta, remedy="Choose well below 1 / (number of records), such as 1e-6."
+        )
+        # A float32 would carry its own rounding into every bound that is computed from it.
+        object.__setattr__(self, "epsilon", epsilon)
+        object.__setattr__(self, "delta", delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +57,10 @@ class Sensitivity:
     neighboring_relation: NeighboringRelation
 
     def __post_init__(self) -> None:
-        positive_finite(
+        l2 = positive_finite(
             "l2 sensitivity", self.l2, remedy="Bound the quantity first, for example by clipping."
         )
+        object.__setattr__(self, "l2", l2)  # see PrivacyBudget
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,12 @@ from typing import Any, BinaryIO, cast
 
 from dp_flash_attention.core.durable import sync_directory
 from dp_flash_attention.core.errors import InvalidInputError
-from dp_flash_attention.crypto.certificates import CERTIFICATE_FILE, SIGNATURE_FILE
+from dp_flash_attention.crypto.certificates import (
+    CERTIFICATE_FILE,
+    SIGNATURE_FILE,
+    certificate_digest,
+    fingerprint,
+)
 from dp_flash_attention.crypto.documents import parse, read_bytes
 from dp_flash_attention.crypto.errors import AuthenticationError
 from dp_flash_attention.crypto.keys import DecapsulationKey, EncapsulationKey
@@ -32,14 +37,15 @@ _FOREIGN = "what was sealed is no signed run. Ask its sender for one that dpfa c
 def seal_run(directory: Path, target: Path, recipients: Sequence[EncapsulationKey]) -> tuple[str, ...]:
     """Seals a signed run to recipients; returns the names of the files in it.
 
-    In it are the certificate, its signature and the files that the signature covers, nothing else.
+    In it are the certificate, its signature and the files that the signature covers, nothing else. Each has to be what
+    was signed: a run from someone else could otherwise name a link to any file of this machine.
 
     Raises:
-        InvalidInputError: If the run is not signed, a covered file is missing, the target exists, or the
+        InvalidInputError: If the run is not signed, a covered file is missing or altered, the target exists, or the
             recipients are not 1 to 256 different keys.
         DependencyMissingError: If ``cryptography`` has no ML-KEM.
     """
-    names = _signed_names(directory)
+    names, signed = _signed_names(directory)
     for name in names:
         if not (directory / name).is_file():
             raise InvalidInputError(
@@ -47,6 +53,13 @@ def seal_run(directory: Path, target: Path, recipients: Sequence[EncapsulationKe
                 str(directory),
                 bound=f"one that holds {name}",
                 remedy="Put back what was signed.",
+            )
+        if name != SIGNATURE_FILE and not _is_signed(directory, name, signed):
+            raise InvalidInputError(
+                "directory",
+                str(directory),
+                bound=f"one whose {name} is as it was signed",
+                remedy="Sign again.",
             )
     with _new_file(target) as file:
         seal_stream(cast(BinaryIO, _Reader(directory, names)), file, recipients)
@@ -78,7 +91,7 @@ def open_run(sealed: Path, target: Path, key: DecapsulationKey) -> tuple[str, ..
     return names
 
 
-def _signed_names(directory: Path) -> list[str]:
+def _signed_names(directory: Path) -> tuple[list[str], dict[str, Any]]:
     where = directory / SIGNATURE_FILE
     if not where.is_file():
         raise InvalidInputError(
@@ -88,14 +101,23 @@ def _signed_names(directory: Path) -> list[str]:
             remedy="Sign it first with dpfa certificate sign: sealing says nothing about who sealed.",
         )
     try:
-        files = parse(read_bytes(where))["files"]
-        names = [CERTIFICATE_FILE, SIGNATURE_FILE, *files]
+        signed = parse(read_bytes(where))
+        names = [CERTIFICATE_FILE, SIGNATURE_FILE, *dict(signed["files"])]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(
             "signature", str(where), bound="one that dpfa certificate sign wrote", remedy="Sign again."
         ) from error
     _check_names(names)
-    return names
+    return names, signed
+
+
+def _is_signed(directory: Path, name: str, signed: dict[str, Any]) -> bool:
+    if name != CERTIFICATE_FILE:
+        return bool(fingerprint(directory / name) == signed["files"][name])
+    try:
+        return certificate_digest(directory) == signed.get("certificate_sha256")
+    except InvalidInputError:
+        return False
 
 
 class _Reader:

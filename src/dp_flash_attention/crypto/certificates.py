@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class VerifiedCertificate:
         signer: The key that signed, as the trust file knows it.
         signed_at: When, by the signer's own clock.
         files: Names of the files that are as they were signed; empty if they were not looked at.
-        unsigned: Names of files beside the certificate that the signature says nothing about.
+        unsigned: Names of files and folders beside the certificate that the signature says nothing about, folders (which
+            are never signed) with a slash; hidden ones are left out.
     """
 
     certificate: dict[str, Any]
@@ -82,7 +83,7 @@ def sign_certificate(directory: Path, key: SigningKey) -> Path:
         "subject": CERTIFICATE_FILE,
         "canonicalization": _CANONICALIZATION,
         "certificate_sha256": hashlib.sha256(canonical(content)).hexdigest(),
-        "files": {name: _fingerprint(directory / name) for name in _beside(directory)},
+        "files": {name: fingerprint(directory / name) for name in _beside(directory)},
     }
     signature = key.sign(canonical(body), context=_CONTEXT)
     target = directory / SIGNATURE_FILE
@@ -149,7 +150,7 @@ def verify_certificate(
         signer=signer,
         signed_at=str(body["signed_at"]),
         files=covered,
-        unsigned=tuple(name for name in _beside(directory) if name not in body["files"]),
+        unsigned=_unsigned(directory, body["files"]),
     )
 
 
@@ -183,7 +184,28 @@ def _beside(directory: Path) -> Iterable[str]:
     )
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _unsigned(directory: Path, files: Container[str]) -> tuple[str, ...]:
+    names = sorted(directory.iterdir(), key=lambda path: path.name)
+    return tuple(
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in names
+        if not path.name.startswith(".")
+        and path.name not in (CERTIFICATE_FILE, SIGNATURE_FILE)
+        and (path.is_dir() or path.name not in files)
+    )
+
+
+def certificate_digest(directory: Path) -> str:
+    """Returns the SHA-256 of the certificate's canonical form.
+
+    Raises:
+        InvalidInputError: If there is no certificate.
+    """
+    return hashlib.sha256(canonical(_certificate(directory))).hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Returns what a signature says of a file: its SHA-256 and its size."""
     with open(path, "rb") as file:
         size = path.stat().st_size
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": size}
@@ -198,7 +220,7 @@ def _check_files(directory: Path, files: dict[str, Any], signer: TrustedKey) -> 
                 f"{path} is signed but missing. Ask {signer.name} for it, or verify the certificate alone with "
                 "--certificate-only."
             )
-        if _fingerprint(path) != expected:
+        if fingerprint(path) != expected:
             raise AuthenticationError(
                 f"{path} was altered after it was signed. Ask {signer.name} for the original."
             )

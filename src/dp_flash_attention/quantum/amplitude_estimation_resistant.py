@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
-from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
+from dp_flash_attention.core.privacy import (
+    Guarantee,
+    NeighboringRelation,
+    PrivacyBudget,
+    PrivacyUnit,
+    Sensitivity,
+)
 from dp_flash_attention.core.validation import non_negative_int
 from dp_flash_attention.noise import NoiseKey, SecretKey, WideSecretKey
 from dp_flash_attention.quantum.canonical import canonical_bytes
@@ -56,7 +62,7 @@ class AmplitudeEstimationResistant:
         InvalidInputError: If an argument is out of range.
 
     Guarantees:
-        * Neighbouring relation: that of the sensitivities. Privacy unit: ``privacy_unit``.
+        * Neighbouring relation: that of the sensitivities, one for all answers. Privacy unit: ``privacy_unit``.
         * Sensitivity: that of each query, Δ + γ√d after rounding.
         * Public: queries, budgets, grid, data version, epoch. Secret: the key.
         * Theorem: fix the data. Whatever is asked, and however often, the transcript is a function of one answer per
@@ -91,6 +97,7 @@ class AmplitudeEstimationResistant:
         self._charges = charges
         self._grid = grid
         self._unit = privacy_unit
+        self._relation: NeighboringRelation | None = None
         self._answered: dict[bytes, bytes | None] = {}
         self._lock = threading.Lock()
 
@@ -116,7 +123,8 @@ class AmplitudeEstimationResistant:
 
         Raises:
             BudgetExhaustedError: If the query is new and does not fit; nothing was computed.
-            InvalidInputError: If an argument is out of range, or the answer has another kind or length.
+            InvalidInputError: If an argument is out of range, the answer has another kind or length, or the sensitivity
+                another neighbouring relation than the first one.
             NoiseReuseError: If the same query gave another true answer before: the data changed and the data version
                 did not. Nothing is released.
         """
@@ -131,6 +139,7 @@ class AmplitudeEstimationResistant:
         )
         label = self._label(query, plan, sensitivity)
         with self._lock:
+            self._check_relation(sensitivity.neighboring_relation)
             # Charged once, and before anything is computed: a computation that fails has still been paid for.
             if label not in self._answered:
                 self._charges.charge(rho=plan.rho, distance=plan.distance)
@@ -184,6 +193,17 @@ class AmplitudeEstimationResistant:
             domain=b"dpfa.memo.label.v1",
             num_bytes=_DIGEST_BYTES,
         )
+
+    def _check_relation(self, relation: NeighboringRelation) -> None:
+        # Prices under two relations do not add up to a guarantee under either.
+        if self._relation not in (None, relation):
+            raise InvalidInputError(
+                "neighboring_relation",
+                relation.value,
+                bound=f"that of the answers before, {self._relation}",
+                remedy="Derive every sensitivity for one relation.",
+            )
+        self._relation = relation
 
     def _commit(self, label: bytes, counts: Integers) -> bytes:
         """Returns a keyed hash of label and rounded value, after comparing it with the one of an earlier answer."""

@@ -8,8 +8,10 @@ Every value is written as a tag, the length of what follows in 8 bytes, and the 
     float  F   IEEE 754 double, −0 as +0         dict   D   key, value, …, sorted by the keys' encodings
 
 It is injective: tag and length say where each part ends, so different queries have different bytes (a list of two
-texts is not one text, 1 is not 1.0 and not True). Nothing is normalised beyond that: "café" in two Unicode forms is two
-queries. Erring that way costs budget twice; erring the other way would answer one query with another's noise.
+texts is not one text, 1 is not 1.0 and not True). Types that carry more than their content (members of an enumeration,
+named tuples, NumPy's scalars and other subclasses) are refused: two of them would share their bytes. Nothing is
+normalised beyond that: "café" in two Unicode forms is two queries. Erring that way costs budget twice; erring the other
+way would answer one query with another's noise.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import struct
 from dp_flash_attention.core.errors import InvalidInputError
 
 _MAX_DEPTH = 32
+_PLAIN = (bool, int, float, str, bytes, list, tuple, dict)
 _KINDS = "None, bool, int, float, str, bytes, list, tuple or dict with text keys"
 
 
@@ -43,6 +46,8 @@ def canonical_bytes(query: object) -> bytes:
 def _encode(query: object, depth: int) -> bytes:
     if depth == 0:
         raise InvalidInputError("query", "nested", bound="at most 32 deep", remedy="Flatten it.")
+    if query is not None and type(query) not in _PLAIN:
+        raise InvalidInputError("query", type(query).__name__, bound=_KINDS, remedy="Convert it first.")
     match query:
         case None:
             return _tagged(b"N", b"")
@@ -64,7 +69,7 @@ def _encode(query: object, depth: int) -> bytes:
             pairs = sorted((_encode(key, depth - 1), _encode(item, depth - 1)) for key, item in query.items())
             return _tagged(b"D", b"".join(key + item for key, item in pairs))
         case _:
-            raise InvalidInputError("query", type(query).__name__, bound=_KINDS, remedy="Convert it first.")
+            raise AssertionError("every plain type has its case")
 
 
 def _tagged(tag: bytes, content: bytes) -> bytes:

@@ -8,6 +8,7 @@ import os
 import stat
 from pathlib import Path
 
+from dp_flash_attention.core.durable import sync_directory, write_new_file
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.noise import SecretKey
 
@@ -25,11 +26,8 @@ def create_memo_key(path: Path) -> SecretKey:
     """
     key = SecretKey.from_os()
     content = _MAGIC + key.export() + _check(key.export())
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_new_file(path, content, mode=0o600)
+    sync_directory(path.parent)  # a key that a crash loses would answer old queries anew
     return key
 
 

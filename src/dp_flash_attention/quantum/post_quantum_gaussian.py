@@ -158,7 +158,7 @@ class PostQuantumGaussian:
         The sum is one of whole numbers, so no rounding of floating-point sums is left out of the guarantee.
 
         Args:
-            rows: float array or tensor [n, d], one row for each unit.
+            rows: float array or tensor [n, d], one row for each unit; n may be 0, for n is private under add/remove.
             l2_clip_norm: C; a longer row is scaled down to it.
             budget: What all terms together may cost.
             neighboring_relation: Replace-one has twice the sensitivity of add/remove.

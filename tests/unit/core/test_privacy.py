@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from dp_flash_attention.core.errors import InvalidInputError
@@ -52,3 +53,11 @@ def test_statements_cannot_be_changed_and_are_json_values() -> None:
     assert (
         json.loads(json.dumps(dataclasses.asdict(guarantee)))["neighboring_relation"] == "add_or_remove_one"
     )
+
+
+def test_what_is_computed_from_a_float32_is_not_rounded_like_one():
+    exact = float(np.float32(0.1))
+    assert Sensitivity(l2=np.float32(0.1), neighboring_relation=ADD_OR_REMOVE).l2 == exact
+    budget = PrivacyBudget(epsilon=np.float32(0.1), delta=np.float32(0.1))
+    values = (budget.epsilon, budget.delta, Sensitivity(l2=3, neighboring_relation=ADD_OR_REMOVE).l2)
+    assert [type(value) for value in values] == [float, float, float]

@@ -156,3 +156,21 @@ def test_the_reader_gives_exactly_what_is_asked(run):
         parts.write(part)
     assert parts.getvalue() == whole
     assert whole.endswith(bytes(range(256)))
+
+
+def test_a_link_in_place_of_a_signed_file_gives_nothing_away(run, tmp_path):
+    """A run from someone else must not make its sealer send a file of this machine."""
+    secret = tmp_path / "secret"
+    secret.write_text("nobody else's")
+    (run / "empty.txt").unlink()
+    (run / "empty.txt").symlink_to(secret)
+    with pytest.raises(InvalidInputError, match=r"whose empty\.txt is as it was signed"):
+        seal_run(run, tmp_path / "sealed", [BOB.public])
+    assert not (tmp_path / "sealed").exists()
+
+
+def test_an_altered_certificate_is_not_sealed(run, tmp_path):
+    for content in ('{"claim": {"epsilon": 0.1}}', "no JSON"):
+        (run / "certificate.json").write_text(content)
+        with pytest.raises(InvalidInputError, match="as it was signed"):
+            seal_run(run, tmp_path / "sealed", [BOB.public])

@@ -78,7 +78,7 @@ def test_a_signed_run_verifies(signed, trust):
     assert found.certificate == CERTIFICATE
     assert found.signer.key == ALICE.public
     assert found.files == ("model.safetensors", "report.html")
-    assert found.unsigned == ()
+    assert found.unsigned == ("diagnostics/",)
     assert found.signed_at.endswith("Z")
 
 
@@ -154,7 +154,12 @@ def test_a_file_that_became_a_folder_is_missing(signed, trust):
 
 def test_a_file_that_came_later_is_named(signed, trust):
     (signed / "better-model.safetensors").write_bytes(b"x")
-    assert verify_certificate(signed, trust).unsigned == ("better-model.safetensors",)
+    (signed / "checkpoints").mkdir()
+    assert verify_certificate(signed, trust).unsigned == (
+        "better-model.safetensors",
+        "checkpoints/",
+        "diagnostics/",
+    )
 
 
 def test_a_foreign_signature_is_refused(run, trust):

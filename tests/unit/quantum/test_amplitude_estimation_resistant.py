@@ -206,3 +206,13 @@ def test_a_wide_key_carries_its_bits():
 def test_versions_and_epochs_out_of_range_are_refused(change):
     with pytest.raises(InvalidInputError):
         fresh(**change)
+
+
+def test_prices_under_two_relations_are_not_added_up():
+    mechanism = fresh()
+    ask(mechanism, "a")
+    spent = mechanism._charges.spent_rho
+    replaced = Sensitivity(l2=1.0, neighboring_relation=NeighboringRelation.REPLACE_ONE)
+    with pytest.raises(InvalidInputError, match="one relation"):
+        ask(mechanism, "b", sensitivity=replaced)
+    assert mechanism._charges.spent_rho == spent

@@ -1,5 +1,8 @@
 import math
+from collections import OrderedDict, namedtuple
+from enum import IntEnum, StrEnum
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,4 +75,30 @@ def test_nesting_without_end_is_refused():
     for _ in range(40):
         query = [query]
     with pytest.raises(InvalidInputError, match="32 deep"):
+        canonical_bytes(query)
+
+
+class Colour(IntEnum):
+    RED = 1
+
+
+class Shape(StrEnum):
+    ROUND = "a"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        Colour.RED,
+        {"column": Shape.ROUND},
+        namedtuple("Count", "column")("age"),
+        OrderedDict(a=1),
+        np.float64(1.0),
+        np.str_("a"),
+    ],
+    ids=["whole number", "text", "named tuple", "dict", "double", "NumPy text"],
+)
+def test_a_type_that_means_more_than_its_content_is_refused(query):
+    """Count("age") and Sum("age") have one content: as one query they would show whether their answers are equal."""
+    with pytest.raises(InvalidInputError, match="Convert it first"):
         canonical_bytes(query)

@@ -3,6 +3,7 @@ import os
 import pytest
 
 from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.quantum import memo_key
 from dp_flash_attention.quantum.memo_key import create_memo_key, load_memo_key
 
 
@@ -51,3 +52,11 @@ def test_a_key_that_others_can_read_is_refused(tmp_path):
     path.chmod(0o640)
     with pytest.raises(InvalidInputError, match="chmod 600"):
         load_memo_key(path)
+
+
+def test_a_new_key_is_durable_before_it_is_used(tmp_path, monkeypatch):
+    """A crash that loses the file would answer old queries with new noise."""
+    synced = []
+    monkeypatch.setattr(memo_key, "sync_directory", synced.append, raising=False)
+    create_memo_key(tmp_path / "memo.key")
+    assert synced == [tmp_path]

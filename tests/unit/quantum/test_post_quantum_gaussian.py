@@ -199,3 +199,16 @@ def test_a_wide_key_from_two_sources_carries_256_bits_against_quantum_search():
 def test_a_clip_norm_out_of_range_is_refused(bad):
     with pytest.raises(InvalidInputError, match="l2_clip_norm"):
         PostQuantumGaussian(l2_clip_norm=bad)
+
+
+@pytest.mark.parametrize(
+    "rows", [np.zeros((0, 5), dtype=np.float32), torch.zeros(0, 5)], ids=["array", "tensor"]
+)
+def test_a_sum_of_no_rows_is_released_like_any_other(rows):
+    """An error would tell no row from one, which add/remove makes private."""
+    released = mechanism().release_sum(rows, 1.0, BUDGET)
+    assert type(released.value) is type(rows)
+    assert tuple(released.value.shape) == (5,)
+    assert released.value.dtype == rows.dtype
+    assert released.noise_stddev == mechanism().release_sum(np.ones((1, 5)), 1.0, BUDGET).noise_stddev
+    assert float(abs(released.value).max()) > 0
