@@ -145,7 +145,7 @@ def plan_attention_release(
         >>> bounds = AttentionBounds(query_norm=1.0, key_norm=1.0, value_norm=1.0, num_rows=100_000)
         >>> plan = plan_attention_release(bounds, num_queries=1, query_width=32, scale=2.0, mu=0.5)
         >>> round(float(plan.sensitivity[0, 0]), 5), round(float(plan.signal_to_noise()[0, 0, 0]), 1)
-        (0.00139, 63.7)
+        (0.00144, 61.3)
     """
     shape = {
         "num_queries": num_queries,
