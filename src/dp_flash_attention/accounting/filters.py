@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from threading import Lock
 from typing import NoReturn
@@ -54,6 +55,7 @@ class GaussianFilter:
         self._limit = Fraction(self.mu) ** 2
         self._spent = Fraction(0)
         self._num_releases = 0
+        self._process = os.getpid()
         self._lock = Lock()
 
     @property
@@ -97,10 +99,15 @@ class GaussianFilter:
         """Charges a release of ``mu`` before it runs. There is no way back.
 
         Raises:
-            BudgetExhaustedError: If it does not fit; then nothing is charged.
+            BudgetExhaustedError: If it does not fit, or this is a forked copy; then nothing is charged.
             InvalidInputError: If ``mu`` is not a positive finite number.
         """
         price = Fraction(positive_finite("mu", mu, remedy="Pass the release's μ.")) ** 2
+        if os.getpid() != self._process:
+            raise BudgetExhaustedError(
+                f"This filter belongs to process {self._process}, but process {os.getpid()} uses a copy of it, and both would "
+                "spend the same budget. Give each process a filter on its share: nothing was computed or spent."
+            )
         with self._lock:
             if self._spent + price > self._limit:
                 raise BudgetExhaustedError(

@@ -40,7 +40,8 @@ class AttentionBounds:
             and otherwise assumed (with r = 1: every row is a record of its own).
         null_rows: m >= 0: weight of public rows of score 0 and value 0. Needed under add-or-remove-one.
         neighboring_relation: Replace-one (a record's rows get other contents; how many rows there are, where, and
-            whose they are stays) or add-or-remove-one (a record's rows become hidden or absent).
+            whose they are stays) or add-or-remove-one (a record's rows become hidden or absent; under a causal mask
+            hidden only, for where rows are absent all later ones move up).
         contexts: How batch entries relate.
         rounding: Which arithmetic the sensitivity is charged for, in its worst case. Only back ends that obey it
             are used; ``RUNNING_MAX`` is obeyed by all, ``FIXED_SHIFT`` costs far less noise in bfloat16. None assumes

@@ -17,6 +17,7 @@ from dp_flash_attention.noise import (
     SecretKey,
     SecureNormalGenerator,
 )
+from dp_flash_attention.noise.keystream import MAX_STEP
 
 
 class CallNoise:
@@ -53,7 +54,7 @@ class CallNoise:
         first_call: int = 0,
     ) -> None:
         number = non_negative_int("rank", rank, remedy="Number the processes from 0.")
-        self._next_call = non_negative_int("first_call", first_call, remedy="Count the calls made so far.")
+        self._next_call = _checked_number("first_call", first_call)
         self._key = key.derive(f"attention.rank.{number}")
         self._name, self._cipher = name, cipher
         self._generator = _generator(name, self._key, cipher)
@@ -102,8 +103,8 @@ class CallNoise:
                 "would give the same noise to different calls. Build one CallNoise in each process."
             )
         if call_id is None:
-            return self._next_call
-        number = non_negative_int("call_id", call_id, remedy="Leave call_id out to take the next number.")
+            return _checked_number("call_id", self._next_call)
+        number = _checked_number("call_id", call_id)
         if number < self._next_call:
             raise NoiseReuseError(
                 f"call_id is {number}, but numbers below {self._next_call} are used up under this key, and noise that is "
@@ -153,6 +154,14 @@ class CallNoise:
     def __deepcopy__(self, memo: object) -> CallNoise:
         """Returns the object itself, so that a copied module goes on counting with the original."""
         return self
+
+
+def _checked_number(name: str, value: object) -> int:
+    number = non_negative_int(name, value, remedy="Leave it out to take the next number.")
+    # The generator refuses larger ones, but only when the call has been paid for.
+    if number > MAX_STEP:
+        raise InvalidInputError(name, value, bound=f"at most {MAX_STEP}", remedy="Start a new key.")
+    return number
 
 
 def _generator(name: NoiseName, key: NoiseKey, cipher: Cipher) -> NormalGenerator:

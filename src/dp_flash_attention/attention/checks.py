@@ -9,11 +9,27 @@ from dp_flash_attention.attention.bounds import AttentionBounds, Contexts
 from dp_flash_attention.attention.interface import PASS_ROWS
 from dp_flash_attention.attention.planning import MAX_PRIVATE_PASSES, AttentionPlan
 from dp_flash_attention.attention.rows import check_finite
-from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import NeighboringRelation
 
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IN_DTYPES = (*_OUT_DTYPES, torch.float64)
+
+
+def refuse_tracing() -> None:
+    """Refuses to be recorded by ``torch.jit.trace``, ``make_fx`` or ``torch.export``.
+
+    Noise is written outside of torch's operators, so a recorded graph would repeat the exact answer without it.
+
+    Raises:
+        NoiseReuseError: If a trace is being recorded.
+    """
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    if proxy is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise NoiseReuseError(
+            "The call is being traced, but a recorded graph would give the exact answer, or the same noise to every replay. "
+            "Call it outside of the traced region."
+        )
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool) -> None:
@@ -218,11 +234,11 @@ def _check_row_counts(plan: AttentionPlan, num_rows: int, hidden: Tensor | None)
 
 def _check_charged_rows(plan: AttentionPlan, num_rows: int) -> None:
     """The plan charges for rounding over so many rows at most."""
-    if plan.bounds.rounding is None:
+    if plan.bounds.rounding is None or plan.is_causal:  # a causal call is charged for the rows that are seen
         return
     limit = plan.num_key_rows
-    if limit is None:
-        limit = PASS_ROWS if plan.is_causal else PASS_ROWS * MAX_PRIVATE_PASSES
+    if limit is None or plan.bounds.num_rows is None:
+        limit = PASS_ROWS * MAX_PRIVATE_PASSES
     if num_rows > limit:
         raise InvalidInputError(
             "key.shape[2]",

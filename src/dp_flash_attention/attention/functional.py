@@ -17,6 +17,7 @@ from dp_flash_attention.attention.checks import (
     check_dtypes,
     check_shapes,
     checked_out_dtype,
+    refuse_tracing,
 )
 from dp_flash_attention.attention.interface import AttentionCall
 from dp_flash_attention.attention.planning import AttentionPlan, plan_attention_release
@@ -88,13 +89,13 @@ def dp_flash_attention(
 
     Returns:
         The noisy output [B, H, Q, E] and its ``Release``. The output is differentiable with respect to query, key
-        and value; gradients of key and value are **not** private.
+        and value; none of these gradients is private, that of the query included: it reads keys and values again.
 
     Raises:
         InvalidInputError: Wrong shapes or dtypes, numbers that are not finite, fewer rows than promised, a
             record with too many rows, a query that sees nothing, bounds out of range.
         BudgetExhaustedError: The filter has less left than the call costs.
-        NoiseReuseError: The call number is used up.
+        NoiseReuseError: The call number is used up, or the call is being traced: a graph repeats its noise or has none.
         DependencyMissingError: The back end asked for by name is not installed.
         Whatever is raised, nothing was computed or spent.
 
@@ -108,6 +109,7 @@ def dp_flash_attention(
             Rounding to ``out_dtype`` follows the noise and is post-processing.
         source: docs/attention.md, Theorems 1 to 5.
     """
+    refuse_tracing()
     check_shapes(query, key, value, enable_gqa=enable_gqa)
     dtype = check_dtypes(query, key, value, compute_dtype)
     plan = plan_attention_release(
@@ -117,7 +119,7 @@ def dp_flash_attention(
         value_width=value.shape[3],
         num_heads=query.shape[1],
         batch_size=query.shape[0],
-        num_key_rows=key.shape[2] if bounds.num_rows is not None or is_causal else None,
+        num_key_rows=key.shape[2] if bounds.num_rows is not None else None,
         scale=scale,
         is_causal=is_causal,
         budget=budget,
@@ -162,7 +164,9 @@ def release_attention(
     Raises:
         InvalidInputError: As there, and if the tensors do not have the plan's shapes.
     """
+    refuse_tracing()
     check_shapes(query, key, value, enable_gqa=True)
+    check_dtypes(query, key, value, plan.compute_dtype)
     out_type = checked_out_dtype(out_dtype, query.dtype)
     # What is checked is what is computed with: a large number may become infinite in a narrower dtype.
     query, key, value = (rows.to(plan.compute_dtype) for rows in (query, key, value))
@@ -182,7 +186,8 @@ def release_attention(
         noise=noise.peek(call_id),
         out_dtype=out_type,
     )
-    chosen = choose_backend(backend, call, rounding=plan.bounds.rounding)
+    with torch.autocast(query.device.type, enabled=False):  # products in the dtype that was charged for
+        chosen = choose_backend(backend, call, rounding=plan.bounds.rounding)
     number = noise.check(call_id)
     if privacy_filter is not None:
         if privacy_filter.neighboring_relation is not plan.bounds.neighboring_relation:
@@ -194,7 +199,8 @@ def release_attention(
             )
         privacy_filter.spend(plan.mu)
     stream = noise.claim(number if call_id is not None else None)
-    output = chosen.release(replace(call, noise=stream))
+    with torch.autocast(query.device.type, enabled=False):
+        output = chosen.release(replace(call, noise=stream))
     release = Release(
         plan=plan,
         call_id=stream.call_id,

@@ -27,7 +27,7 @@ from dp_flash_attention.noise import NoiseKey, NoiseName, NormalGenerator
 
 Cipher = Literal["aes-256-ctr", "chacha20"]
 
-PASS_ROWS = 8192
+PASS_ROWS = 1024
 """Key/value rows that a call without causal mask may add up in one pass. Longer contexts are summed pass by pass and the
 passes merged, so that float32 sums round as Theorem 5 of docs/attention.md charges for; a back end that
 cannot do so refuses calls with more rows. Causal calls are one pass of any length, and charged for it."""

@@ -102,8 +102,14 @@ def assumptions_of(
         found.append("no record has rows in two batch entries (no record_ids)")
     if bounds.neighboring_relation is NeighboringRelation.REPLACE_ONE:
         found.append("the number, places and owners of rows, and the padding mask, are public")
+        found.append("refusals of rows that are not finite are not observed")
     else:
-        found.append("time, memory and errors, which depend on the number of rows, are not observed")
+        found.append(
+            "time, memory, errors and the choice of back end, which depend on the number of rows, are not observed"
+        )
+        found.append(
+            "under a causal mask a removed record's rows become hidden: other rows keep their positions"
+        )
     if bounds.rounding is None:
         found.append("scores, weights and sums are exact: rounding is not charged for")
     else:

@@ -30,8 +30,11 @@ _UPWARD = 1.0 + 1e-12
 MAX_SCORE_BOUND = 40.0
 """Beyond this the weight of a row spans e^80 and float32 kernels lose rows; no sensitivity would be useful."""
 
-_KERNEL_BLOCKS = (64, 512)
-"""Fewest and most rows that a flash kernel adds up before it goes on to the next block."""
+_FEWEST_BLOCK_ROWS = 64
+"""Fewest rows that a flash kernel takes before it looks for a new running maximum."""
+
+_SMALLEST_NORM = 2.0**-40
+"""Below about 2^-60 squares and factors leave float32's normal range, and a row ten times too long has norm 0."""
 
 _HIGHER_ORDER = 1.0 + 2.0**-6
 """Covers products of the errors below, each of which is under 2^-7."""
@@ -181,9 +184,12 @@ def clip_threshold(norm: float, dtype: torch.dtype, width: int) -> float:
     relative = (1.0 + (count + 16) * working) * (1.0 + unit_roundoff(dtype))
     absolute = math.sqrt(count) * 0.5 * subnormal_step(dtype)
     threshold = (bound - absolute) / relative / _UPWARD
-    if threshold <= 0.0:
+    if threshold < _SMALLEST_NORM:
         raise InvalidInputError(
-            "norm", norm, bound=f"well above {absolute:.3g} for {dtype}", remedy="Rescale the rows."
+            "norm",
+            norm,
+            bound=f"well above {max(absolute, _SMALLEST_NORM):.3g} for {dtype}",
+            remedy="Rescale the rows.",
         )
     return threshold
 
@@ -229,8 +235,9 @@ def rounding_slack(
     working = unit_roundoff(torch.float64 if dtype is torch.float64 else torch.float32)
     rows = non_negative_int("num_rows", num_rows, remedy="Count the rows.")
     passes = non_negative_int("num_passes", num_passes, remedy="Count the passes.")
-    # Sums run over a block of rows, then over blocks, then over passes; kernels use blocks of 64 to 512 rows.
-    sums = (8 + 2 * passes + max(b + -(-rows // b) for b in _KERNEL_BLOCKS)) * working
+    # A matrix product may add a block's rows one by one to the sum of the blocks before: equal rows whose every
+    # addition rounds the same way lose a quarter of this, measured. Then passes are merged.
+    sums = (8 + 2 * passes + rows) * working
     # The error of a score is a relative error of its weight; CPU kernels take a 20-bit exponential. The last
     # term is the rounding of a pass's log-sum-exp, which is below S + ln(rows) < 64 in magnitude.
     weight = (
@@ -241,8 +248,10 @@ def rounding_slack(
         return RoundingSlack(score=(weight + own) * _UPWARD, output=2.0 * (2.0 * sums) * _HIGHER_ORDER)
     # Sums are rescaled whenever the running maximum grows: at most once a block, by a factor within four
     # units that numerator and denominator share, and a rounding of each product.
-    weight += 4.0 * -(-rows // min(_KERNEL_BLOCKS)) * working
+    weight += 4.0 * -(-rows // _FEWEST_BLOCK_ROWS) * working
     error = 2.0 * (weight + sums)
+    if dtype is torch.float64:
+        error += unit_roundoff(torch.float32)  # the output is float32 before the noise is in
     if own > working:
         # The rounded weight enters the numerator alone, and the output is rounded too.
         error += 2.0 * own + 0.5 * subnormal_step(dtype) * min(rows, math.exp(2.0 * score_bound))
