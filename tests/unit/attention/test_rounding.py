@@ -15,6 +15,8 @@ from dp_flash_attention.attention import (
     reference_attention,
 )
 from dp_flash_attention.attention.backends import get_backend
+from dp_flash_attention.attention.backends import kernel as kernel_backends
+from dp_flash_attention.attention.interface import PASS_ROWS
 from dp_flash_attention.attention.rows import clip_rows
 from dp_flash_attention.attention.sensitivity import clip_threshold, rounding_slack, unit_roundoff
 from dp_flash_attention.core.errors import InvalidInputError
@@ -73,8 +75,9 @@ def call_over(key, value, query, plan):
     )
 
 
-def test_one_row_moves_a_bfloat16_kernel_by_more_than_exact_arithmetic_allows():
-    """All weights are re-rounded when the running maximum moves. This is why rounding is charged for."""
+def test_one_row_moves_a_bfloat16_kernel_by_more_than_exact_arithmetic_allows(monkeypatch):
+    """All weights of a pass are re-rounded when its running maximum moves. This is why rounding is charged for."""
+    monkeypatch.setattr(kernel_backends, "PASS_ROWS", 4096)  # one pass, as torch's own call would be
     num_rows, scale = 4096, 0.5
     bounds = AttentionBounds(query_norm=1.0, key_norm=1.0, value_norm=1.0, num_rows=num_rows)
     settings = {
@@ -117,8 +120,8 @@ def test_kernels_stay_within_the_error_that_is_charged(dtype, num_rows):
         rounding=Rounding.RUNNING_MAX,
         dtype=dtype,
         width=16,
-        num_rows=min(num_rows, 8192),
-        num_passes=math.ceil(num_rows / 8192),
+        num_rows=min(num_rows, PASS_ROWS),
+        num_passes=math.ceil(num_rows / PASS_ROWS),
         score_bound=plan.score_bound,
     )
     found = get_backend("flash", torch.device("cpu")).release(call).double()
@@ -133,7 +136,7 @@ def test_the_slack_grows_with_rows_and_coarseness_and_a_fixed_shift_saves_most()
             rounding=rounding, dtype=dtype, width=64, num_rows=rows, num_passes=1, score_bound=1.0
         )
 
-    assert slack(torch.float32, 8192).output > slack(torch.float32, 512).output
+    assert slack(torch.float32, PASS_ROWS).output > slack(torch.float32, 512).output
     assert (
         slack(torch.bfloat16, 512).output
         > slack(torch.float16, 512).output
