@@ -49,6 +49,8 @@ class Shape:
 SHAPES = (
     Shape(vocab_size=4096, seq_len=128, d_model=256, num_heads=4, num_layers=4, batch_size=16),
     Shape(vocab_size=8192, seq_len=256, d_model=512, num_heads=8, num_layers=4, batch_size=8),
+    # Sequences longer than the model is wide, where gradients are smaller than what they are made of.
+    Shape(vocab_size=4096, seq_len=1024, d_model=256, num_heads=4, num_layers=4, batch_size=4),
 )
 
 Step = Callable[[], object]
@@ -245,7 +247,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tied", action="store_true", help="tie embedding and head; leaves Opacus out")
-    parser.add_argument("--shapes", type=int, nargs="*", default=[0, 1], help="which of the two shapes")
+    parser.add_argument("--shapes", type=int, nargs="*", default=[0, 1, 2], help="which of the three shapes")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # Opacus warns about its own hooks
     keep_freed_memory()  # as dpfa train does; it helps every mode
