@@ -21,7 +21,7 @@ from dp_flash_attention.attention import (
     reference_attention,
     release_attention,
 )
-from dp_flash_attention.attention.backends import registry
+from dp_flash_attention.attention.backends import plain, registry
 from dp_flash_attention.attention.reference import reference_noise
 from dp_flash_attention.core.errors import (
     BudgetExhaustedError,
@@ -468,6 +468,22 @@ def test_slices_do_not_change_a_byte(monkeypatch):
     assert torch.equal(run(), whole)
     monkeypatch.setattr("dp_flash_attention.attention.backends.plain.SLICE_NUMBERS", 2 * 33 * 8 * 2)
     assert torch.equal(run(), whole)
+
+
+def test_a_slice_holds_a_head_for_every_thread(monkeypatch):
+    """With fewer, the threads of a kernel would share one causal head unevenly."""
+    monkeypatch.setattr("dp_flash_attention.attention.backends.plain.SLICE_NUMBERS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    seen, attend = [], plain.attend
+
+    def looking(kernel, call, q, k, v):
+        seen.append(q.shape[1])
+        return attend(kernel, call, q, k, v)
+
+    monkeypatch.setattr(plain, "attend", looking)
+    tensors = torch.randn(3, 1, 7, 33, 8)
+    dp_flash_attention(*tensors, bounds=bounds(), noise=noise(), mu=1.0, backend="flash")
+    assert seen == [3, 3, 1]
 
 
 def test_head_budgets_compose():

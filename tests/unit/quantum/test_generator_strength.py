@@ -2,6 +2,7 @@ import pytest
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.noise import SecretKey, TestKey, WideSecretKey
+from dp_flash_attention.quantum import security_estimate
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
     key_bits,
@@ -46,3 +47,14 @@ def test_the_advantage_is_key_search_and_for_aes_the_missing_repeats():
     assert generator_advantage(1, 512, "shake256") == 4 * 2.0**-384
     blocks = (10**7 // 8192 + 1) * 50 * 9408
     assert generator_advantage(10**7, 256, "aes-256-ctr") == pytest.approx(key_search + blocks**2 * 2.0**-129)
+
+
+@pytest.mark.parametrize(
+    ("cipher", "bits"), [("aes-256-ctr", 256), ("chacha20", 256), ("shake256", 256), ("shake256", 512)]
+)
+def test_the_strength_is_that_of_the_security_estimate(cipher, bits):
+    pool = security_estimate.operating_system_pool()
+    other = security_estimate.EntropySource(name="other", bits=256, assumption="it is another source")
+    sources = [pool] if bits == 256 else [pool, other]
+    estimate = security_estimate.noise_security(cipher, seed_bits=bits, sources=sources)
+    assert quantum_security_bits(bits, cipher) == estimate.quantum.to_dict()["bits"]
