@@ -136,7 +136,7 @@ class LayeredNoise:
         plan: LayeredPlan,
         sensitivity: Sensitivity,
         *,
-        key_bits: int = _KEY_BITS,
+        key_bits: int,
     ) -> Release:
         """Returns the sum of what the survivors sent, float64 [d].
 
@@ -144,7 +144,8 @@ class LayeredNoise:
             messages: By party number, from those that stayed.
             plan: The common plan.
             sensitivity: For its relation.
-            key_bits: Secret bits of the weakest honest party's key, as the parties state it.
+            key_bits: Secret bits of the weakest honest party's key, as the parties state it (256 for a ``SecretKey``); nobody
+                can check it here, so there is no default.
 
         Raises:
             InvalidInputError: If fewer than h stayed, a party is unknown, or a message has another length. Nothing is

@@ -65,14 +65,14 @@ def test_dropouts_leave_the_planned_noise_or_more_and_it_is_reported(law):
     noise = parties(law)
     plan = noise.plan(dimension=D, sensitivity=ONE, budget=BUDGET)
     for who in (range(N), (0, 2, 3, 4, 5), (0, 1, 2, 3)):
-        found = noise.combine(messages(noise, plan, who), plan, ONE)
+        found = noise.combine(messages(noise, plan, who), plan, ONE, key_bits=256)
         assert abs(score(found.value, found.noise_stddev)) < BOUND
         assert found.noise_stddev == pytest.approx(
             math.sqrt(len(who) * float(plan.share_variance)) * plan.grid
         )
         assert found.epsilon == BUDGET.epsilon
     with pytest.raises(InvalidInputError, match="survivors"):
-        noise.combine(messages(noise, plan, (0, 1, 2)), plan, ONE)
+        noise.combine(messages(noise, plan, (0, 1, 2)), plan, ONE, key_bits=256)
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -135,7 +135,7 @@ def test_messages_that_do_not_fit_are_refused():
     good = messages(noise, plan, range(4))
     for bad in ({**good, 9: good[0]}, {**good, 4: good[0][:2]}, {**good, 4: good[0].astype(float)}):
         with pytest.raises(InvalidInputError):
-            noise.combine(bad, plan, ONE)
+            noise.combine(bad, plan, ONE, key_bits=256)
     with pytest.raises(InvalidInputError, match="row"):
         noise.message(np.zeros(4), plan, key=TestKey("x"), step=0)
     with pytest.raises(InvalidInputError, match="6 rows"):
@@ -158,3 +158,11 @@ def test_equal_keys_are_refused():
     keys = [TestKey("one")] * N
     with pytest.raises(InvalidInputError, match="all different"):
         parties("skellam").release(np.zeros((N, 3)), ONE, BUDGET, keys=keys)
+
+
+def test_nobody_claims_a_strength_for_keys_that_others_hold():
+    noise = LayeredNoise(num_parties=3, num_honest=2)
+    plan = noise.plan(dimension=1, sensitivity=ONE, budget=PrivacyBudget(epsilon=1.0, delta=1e-6))
+    with pytest.raises(TypeError, match="key_bits"):
+        noise.combine(messages(noise, plan, (0, 1, 2)), plan, ONE)
+    assert noise.combine(messages(noise, plan, (0, 1, 2)), plan, ONE, key_bits=0).quantum_security_bits == 0
