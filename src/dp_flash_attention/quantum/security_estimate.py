@@ -98,16 +98,6 @@ class Bits:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def also_assuming(self, *assumptions: str) -> Bits:
-        """Returns the same figure with further assumptions."""
-        return Bits(
-            self._log2_cost,
-            unit=self.unit,
-            formula=self.formula,
-            source=self.source,
-            assumptions=_merged(self.assumptions, assumptions),
-        )
-
 
 def weakest(parts: Sequence[Bits], *, because: str) -> Bits:
     """Returns what holds where an attacker may choose the cheapest of several attacks.
