@@ -69,7 +69,78 @@ def _derived_bytes(key: bytes, purpose: str) -> bytes:
     ).digest()
 
 
-class SecretKey:
+class SecretBytes:
+    """What every kind of secret key is: bytes that are never shown, pickled or hashed, and can be destroyed.
+
+    Abstract. A kind names itself and its length, and says how subkeys are derived.
+
+    Args:
+        secret: The bytes; copied.
+
+    Raises:
+        InvalidInputError: If they are not ``num_bytes`` bytes.
+    """
+
+    is_test_key: ClassVar[bool] = False
+    kind: ClassVar[str]
+    num_bytes: ClassVar[int]
+    origin: ClassVar[str]  # where such a key comes from, for errors
+
+    def __init__(self, secret: bytes | bytearray) -> None:
+        if not isinstance(secret, bytes | bytearray) or len(secret) != self.num_bytes:
+            # Shows the kind and never the value: messages end up in logs.
+            shown = f"{type(secret).__name__} of length {len(secret) if hasattr(secret, '__len__') else '?'}"
+            raise InvalidInputError(
+                self.kind, shown, bound=f"{self.num_bytes} bytes", remedy=f"Use {self.origin}."
+            )
+        self._secret: bytearray | None = bytearray(secret)
+
+    def export(self) -> bytes:
+        """Returns the secret bytes. Whoever holds them can subtract the noise.
+
+        Raises:
+            NoiseUnavailableError: If the key was destroyed.
+        """
+        if self._secret is None:
+            raise NoiseUnavailableError(
+                f"This {self.kind} is destroyed, but a living one is needed. Start a new run with a new key."
+            )
+        return bytes(self._secret)
+
+    def destroy(self) -> None:
+        """Overwrites the bytes and makes every later use raise. Calling it again does nothing.
+
+        Copies that ``export``, ``derive`` or a generator made before live until they are collected.
+        """
+        if self._secret is not None:
+            self._secret[:] = bytes(self.num_bytes)
+            self._secret = None
+
+    def __eq__(self, other: object) -> bool:
+        """Compares in constant time; a destroyed key equals only itself."""
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        if self._secret is None or other._secret is None:
+            return self is other
+        return hmac.compare_digest(self._secret, other._secret)
+
+    __hash__ = None  # type: ignore[assignment]  # a hash of the bytes would be one more place they leak to
+
+    def __repr__(self) -> str:
+        """Says what it is and never what it holds."""
+        return f"{type(self).__name__}({self._state()})"
+
+    def _state(self) -> str:
+        return "<destroyed>" if self._secret is None else f"<{self.num_bytes} secret bytes>"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled, so that ``torch.save`` of a session cannot write a secret by accident."""
+        raise TypeError(
+            f"A {type(self).__name__} cannot be pickled or copied. Write export() to a file with mode 600."
+        )
+
+
+class SecretKey(SecretBytes):
     """A 256-bit secret. Its ``repr`` never shows the bytes, it cannot be pickled, and it can be destroyed.
 
     Build one with ``SecretKey.from_os()``; read a stored one back with ``SecretKey.from_bytes``.
@@ -82,16 +153,9 @@ class SecretKey:
         * Source: Aumasson et al. 2013 (BLAKE2), section 2; RFC 7693.
     """
 
-    is_test_key: ClassVar[bool] = False
-
-    def __init__(self, secret: bytes | bytearray) -> None:
-        if not isinstance(secret, bytes | bytearray) or len(secret) != KEY_BYTES:
-            # Shows the kind and never the value: messages end up in logs.
-            shown = f"{type(secret).__name__} of length {len(secret) if hasattr(secret, '__len__') else '?'}"
-            raise InvalidInputError(
-                "secret key", shown, bound=f"{KEY_BYTES} bytes", remedy="Use SecretKey.from_os()."
-            )
-        self._secret: bytearray | None = bytearray(secret)
+    kind = "secret key"
+    num_bytes = KEY_BYTES
+    origin = "SecretKey.from_os()"
 
     @classmethod
     def from_os(cls) -> SecretKey:
@@ -121,45 +185,6 @@ class SecretKey:
             NoiseUnavailableError: If the key was destroyed.
         """
         return SecretKey(_derived_bytes(self.export(), purpose))
-
-    def export(self) -> bytes:
-        """Returns the 32 secret bytes. Whoever holds them can subtract the noise.
-
-        Raises:
-            NoiseUnavailableError: If the key was destroyed.
-        """
-        if self._secret is None:
-            raise NoiseUnavailableError(
-                "This secret key is destroyed, but a living one is needed. Start a new run with a new key."
-            )
-        return bytes(self._secret)
-
-    def destroy(self) -> None:
-        """Overwrites the bytes and makes every later use raise. Calling it again does nothing.
-
-        Copies that ``export``, ``derive`` or a generator made before live until they are collected.
-        """
-        if self._secret is not None:
-            self._secret[:] = bytes(KEY_BYTES)
-            self._secret = None
-
-    def __eq__(self, other: object) -> bool:
-        """Compares in constant time; a destroyed key equals only itself."""
-        if not isinstance(other, SecretKey):
-            return NotImplemented
-        if self._secret is None or other._secret is None:
-            return self is other
-        return hmac.compare_digest(self._secret, other._secret)
-
-    __hash__ = None  # type: ignore[assignment]  # a hash of the bytes would be one more place they leak to
-
-    def __repr__(self) -> str:
-        """Says what it is and never what it holds."""
-        return "SecretKey(<destroyed>)" if self._secret is None else "SecretKey(<32 secret bytes>)"
-
-    def __reduce__(self) -> NoReturn:
-        """Refuses to be pickled, so that ``torch.save`` of a session cannot write a secret by accident."""
-        raise TypeError("A SecretKey cannot be pickled or copied. Write export() to a file with mode 600.")
 
 
 class TestKey:

@@ -7,10 +7,10 @@ import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, NoReturn
+from typing import Final
 
 from dp_flash_attention.core.errors import InvalidInputError, NoiseUnavailableError
-from dp_flash_attention.noise.entropy import os_entropy
+from dp_flash_attention.noise.entropy import SecretBytes, os_entropy
 from dp_flash_attention.noise.entropy_sources import (
     MAX_CREDIT_BITS,
     CpuInstruction,
@@ -55,7 +55,7 @@ class SeedReport:
     entropy_bits: int
 
 
-class WideSecretKey:
+class WideSecretKey(SecretBytes):
     """A 512-bit secret for SHAKE256 noise. It is never shown, cannot be pickled, and can be destroyed.
 
     Make one with ``draw_wide_key``; read a stored one back with ``from_bytes``. AES and ChaCha20 refuse it.
@@ -72,19 +72,16 @@ class WideSecretKey:
         * Source: FIPS 202; Bertoni, Daemen, Peeters & Van Assche 2008.
     """
 
-    is_test_key: ClassVar[bool] = False
+    kind = "wide secret key"
+    num_bytes = WIDE_KEY_BYTES
+    origin = "draw_wide_key"
 
     def __init__(self, secret: bytes | bytearray, *, entropy_bits: int) -> None:
-        if not isinstance(secret, bytes | bytearray) or len(secret) != WIDE_KEY_BYTES:
-            shown = f"{type(secret).__name__} of length {len(secret) if hasattr(secret, '__len__') else '?'}"
-            raise InvalidInputError(
-                "wide secret key", shown, bound=f"{WIDE_KEY_BYTES} bytes", remedy="Use draw_wide_key."
-            )
+        super().__init__(secret)
         if isinstance(entropy_bits, bool) or not 0 <= entropy_bits <= 8 * WIDE_KEY_BYTES:
             raise InvalidInputError(
                 "entropy_bits", entropy_bits, bound="0 to 512", remedy="Take it from the seed's report."
             )
-        self._secret: bytearray | None = bytearray(secret)
         self.entropy_bits = int(entropy_bits)
 
     @classmethod
@@ -112,44 +109,8 @@ class WideSecretKey:
             hashlib.shake_256(message).digest(WIDE_KEY_BYTES), entropy_bits=self.entropy_bits
         )
 
-    def export(self) -> bytes:
-        """Returns the 64 secret bytes. Whoever holds them can subtract the noise.
-
-        Raises:
-            NoiseUnavailableError: If the key was destroyed.
-        """
-        if self._secret is None:
-            raise NoiseUnavailableError(
-                "This wide secret key is destroyed, but a living one is needed. Start a new run with a new key."
-            )
-        return bytes(self._secret)
-
-    def destroy(self) -> None:
-        """Overwrites the bytes and makes every later use raise. Calling it again does nothing."""
-        if self._secret is not None:
-            self._secret[:] = bytes(WIDE_KEY_BYTES)
-            self._secret = None
-
-    def __eq__(self, other: object) -> bool:
-        """Compares in constant time; a destroyed key equals only itself."""
-        if not isinstance(other, WideSecretKey):
-            return NotImplemented
-        if self._secret is None or other._secret is None:
-            return self is other
-        return hmac.compare_digest(self._secret, other._secret)
-
-    __hash__ = None  # type: ignore[assignment]  # a hash of the bytes would be one more place they leak to
-
-    def __repr__(self) -> str:
-        """Says what it is and never what it holds."""
-        state = "<destroyed>" if self._secret is None else "<64 secret bytes>"
-        return f"WideSecretKey({state}, entropy_bits={self.entropy_bits})"
-
-    def __reduce__(self) -> NoReturn:
-        """Refuses to be pickled, so that ``torch.save`` cannot write a secret by accident."""
-        raise TypeError(
-            "A WideSecretKey cannot be pickled or copied. Write export() to a file with mode 600."
-        )
+    def _state(self) -> str:
+        return f"{super()._state()}, entropy_bits={self.entropy_bits}"
 
 
 def draw_wide_key(
