@@ -71,6 +71,9 @@ def train(
         int | None, typer.Option(help="Rows of one forward pass; changes speed and memory only.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; changes speed only.")] = None,
+    compile: Annotated[
+        bool, typer.Option(help="Compile the private step: slow once, faster then; needs a C++ compiler.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="New or empty directory; left out: the next free one under runs/.")
     ] = None,
@@ -111,6 +114,7 @@ def train(
             "twin": twin,
             "microbatch_size": microbatch_size,
             "threads": threads,
+            "compile": compile,
         }
         request = _request(
             epsilon=epsilon,
@@ -206,7 +210,9 @@ def _execution(task: Task, source: dict[str, Any]) -> Any:
 
     size = source["microbatch_size"]
     return ExecutionConfig(
-        microbatch_size=task.defaults.microbatch_size if size is None else size, num_threads=source["threads"]
+        microbatch_size=task.defaults.microbatch_size if size is None else size,
+        num_threads=source["threads"],
+        compile=source.get("compile", False),
     )
 
 

@@ -11,6 +11,7 @@ Source: Bu et al. 2023, "Differentially private optimization on large model at s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ class ClippedGradientAccumulator:
         """
         self._check_whole()
         tape, losses = self.record(loss_fn, batch_size=batch_size)
-        return self._add_clipped(tape, losses, self._checked_weights(weights, batch_size, losses))
+        weights_B = self.checked_weights(weights, batch_size=batch_size, device=losses.device)
+        return self._add_clipped(tape, losses, weights_B)
 
     def _add_clipped(self, tape: Tape, losses: Tensor, weights_B: Tensor) -> MicrobatchNorms:
         with full_precision(losses.device):
@@ -194,6 +196,42 @@ class ClippedGradientAccumulator:
         with full_precision(device):
             return {name: combined_sq_norms(tape.contributions[name]) for name in self._parameters}
 
+    def clipped_sums(self, tape: Tape, weights_B: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns a microbatch's clipped sums by parameter name and its squared norms; ``sums`` stays as it is.
+
+        For finite gradients only: a factor of 0 does not drop a NaN.
+        """
+        device = next(iter(self._parameters.values())).device
+        sq_norms_B = self.sq_norms_of(tape)
+        clip = flat_clip_factors(sq_norms_B, l2_clip_norm=self._l2_clip_norm, weights_B=weights_B)
+        sums = {}
+        with full_precision(device):
+            for name in self._parameters:
+                sums[name] = self._empty(name)
+                for k, contribution in enumerate(reversed(tape.contributions[name])):
+                    contribution.add_weighted_sum(clip.factors_B, sums[name], fresh=k == 0)
+        return sums, sq_norms_B
+
+    def add_sums(self, sums: dict[str, Tensor]) -> None:
+        """Adds what ``clipped_sums`` returned, which belongs to the accumulator from now on."""
+        self._check_whole()
+        self._partly_added = True
+        for name, total in sums.items():
+            self._sums[name] = self._sums[name].add_(total) if name in self._sums else total
+        self._partly_added = False
+
+    def bound_to(self, model: nn.Module) -> ClippedGradientAccumulator:
+        """Returns an accumulator of the same rules whose parameters are those that ``model`` holds now.
+
+        While ``torch.func.functional_call`` runs, a module's parameters are others than it was built with.
+        """
+        bound = copy.copy(self)
+        # Tied weights have several names; the module is asked for the ones that are clipped.
+        held = dict(model.named_parameters(remove_duplicate=False))
+        bound._parameters = {name: held[name] for name in self._parameters}
+        bound._sums = {}
+        return bound
+
     def _check_whole(self) -> None:
         if self._partly_added:
             raise RunStateError(
@@ -207,9 +245,14 @@ class ClippedGradientAccumulator:
         parameter = self._parameters[name]
         return torch.empty(parameter.shape, dtype=accumulation_dtype(parameter), device=parameter.device)
 
-    def _checked_weights(self, weights: Tensor | None, batch_size: int, losses: Tensor) -> Tensor:
+    def checked_weights(self, weights: Tensor | None, *, batch_size: int, device: torch.device) -> Tensor:
+        """Returns the weights that ``add`` uses.
+
+        Raises:
+            InvalidInputError: If a weight is neither 0 nor 1, or their number is not ``batch_size``.
+        """
         if weights is None:
-            return torch.ones(batch_size, device=losses.device)
+            return torch.ones(batch_size, device=device)
         if weights.shape != (batch_size,) or not bool(((weights == 0) | (weights == 1)).all()):
             raise InvalidInputError(
                 "weights",

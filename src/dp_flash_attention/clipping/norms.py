@@ -18,6 +18,9 @@ differentially private learners", section 4 (gram form).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Final, Literal
 
 import torch
@@ -37,6 +40,7 @@ _STRIP_ROWS = 64
 # Below this share of (Σ_t ‖x_t‖‖g_t‖)² the gram form's rounding (measured: 3e-8 of it in float32, T = 16
 # to 256) could show in the third digit. Rows that do not cancel have a share of about 1 / T.
 _CANCELLED_SHARE = 1e-4
+_deferred: ContextVar[list[Tensor] | None] = ContextVar("deferred cancellation", default=None)
 _KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -100,10 +104,30 @@ def cancelled_examples(sq_norms_B: Tensor, mass_B: Tensor, *, num_rows: int) -> 
         num_rows: How many rows the parts had.
 
     Returns:
-        Their numbers, int64, usually none.
+        Their numbers, int64, usually none; always none under ``cancellation_deferred``.
     """
     share = min(_CANCELLED_SHARE, 0.125 / max(1, num_rows))
-    return torch.nonzero(sq_norms_B < share * mass_B.square()).flatten()
+    cancelled_B = sq_norms_B < share * mass_B.square()
+    deferred = _deferred.get()
+    if deferred is None:
+        return torch.nonzero(cancelled_B).flatten()
+    deferred.append(cancelled_B)
+    return torch.empty(0, dtype=torch.int64, device=sq_norms_B.device)
+
+
+@contextmanager
+def cancellation_deferred() -> Iterator[list[Tensor]]:
+    """Collects which examples cancel, [B] each, instead of computing their norms anew.
+
+    For a graph, whose course cannot depend on values. Norms computed inside must not be used where any of the
+    collected tensors is true.
+    """
+    collected: list[Tensor] = []
+    token = _deferred.set(collected)
+    try:
+        yield collected
+    finally:
+        _deferred.reset(token)
 
 
 def row_mass(x_BTD: Tensor, g_BTP: Tensor) -> Tensor:
@@ -145,10 +169,11 @@ def gram_is_cheaper(num_rows: int, num_inputs: int, num_outputs: int) -> bool:
 def norm_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
     """Returns what ``linear_sq_norms`` runs: Triton's kernels, or torch's products.
 
-    The kernels take CUDA tensors of one dtype of at most 32 bits where triton is installed. Everything else runs in
-    torch, which gives the same norms up to rounding and needs scratch for its products: slower, and no less exact.
+    The kernels take CUDA tensors of one dtype of at most 32 bits where triton is installed. Everything else, and
+    what becomes part of a graph, runs in torch, which gives the same norms up to rounding and needs scratch for its
+    products: slower, and no less exact.
     """
-    fits = x_BTD.dtype == g_BTP.dtype and x_BTD.dtype in _KERNEL_DTYPES
+    fits = x_BTD.dtype == g_BTP.dtype and x_BTD.dtype in _KERNEL_DTYPES and _deferred.get() is None
     return "triton" if fits and _is_on_gpu(x_BTD) and has_triton() else "torch"
 
 

@@ -56,6 +56,10 @@ class KernelMismatchError(DPFlashAttentionError, RuntimeError):
     """A kernel disagrees with its reference on this machine; its result must not be used, and was not."""
 
 
+class CompilationError(DPFlashAttentionError, RuntimeError):
+    """A step cannot be compiled, or its compiled form disagrees with the eager one; nothing was added or spent."""
+
+
 class RunStateError(DPFlashAttentionError, RuntimeError):
     """A run directory, checkpoint or call order does not allow the requested action."""
 

@@ -11,12 +11,13 @@ from dp_flash_attention.core.validation import positive_int
 class ExecutionConfig:
     """How a plan is carried out.
 
-    The first two decide the order of floating-point additions, so a run is resumed with the values it was
+    All but the last decide the order of floating-point additions, so a run is resumed with the values it was
     started with; see ``trainer``.
 
     Attributes:
         microbatch_size: Rows of one forward and backward pass; every microbatch has this shape.
         num_threads: Threads of PyTorch's operators; None keeps what is set.
+        compile: Whether a microbatch's step becomes one graph of ``torch.compile``, see ``clipping.compiled``.
         checkpoint_every: Logical steps between checkpoints; the first and the last step always have one.
 
     Raises:
@@ -25,6 +26,7 @@ class ExecutionConfig:
 
     microbatch_size: int = 64
     num_threads: int | None = None
+    compile: bool = False
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:

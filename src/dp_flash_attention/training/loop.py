@@ -14,10 +14,10 @@ from dp_flash_attention.training.checkpoint import Checkpoint, save_checkpoint
 from dp_flash_attention.training.diagnostics import DiagnosticsSink, StepTally
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.interrupt import DeferredInterrupt
-from dp_flash_attention.training.microbatches import CollateFn
+from dp_flash_attention.training.microbatches import CollateFn, LogicalStep
 from dp_flash_attention.training.progress import OnStep, Stopwatch
 from dp_flash_attention.training.run_directory import RunDirectory
-from dp_flash_attention.training.session import LogicalStep, LossFn, PrivateSession
+from dp_flash_attention.training.session import LossFn, PrivateSession
 
 # Adam keeps two numbers in float32 for each parameter; others keep less.
 _OPTIMIZER_BYTES_PER_PARAMETER = 8

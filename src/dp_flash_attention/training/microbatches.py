@@ -95,6 +95,32 @@ class RecordSource:
         return inputs
 
 
+class LogicalStep:
+    """One step's Poisson sample, cut into microbatches; iterate to get them. Private data.
+
+    Attributes:
+        index: Number of the step, from 0.
+        num_microbatches: 0 for an empty sample, which is a step like any other.
+    """
+
+    def __init__(
+        self, index: int, source: RecordSource, chunks: list[tuple[Tensor, Tensor]], device: torch.device
+    ) -> None:
+        self.index = index
+        self.num_microbatches = len(chunks)
+        self._source, self._chunks, self._device = source, chunks, device
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        """Yields the microbatches in order, each fetched when it is its turn."""
+        for position, (indices, weights) in enumerate(self._chunks):
+            inputs = pytree.tree_map_only(
+                Tensor, lambda leaf: leaf.to(self._device), self._source.fetch(indices)
+            )
+            yield Microbatch(
+                step=self.index, position=position, inputs=inputs, weights=weights.to(self._device)
+            )
+
+
 def static_chunks(indices: Tensor, microbatch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Splits indices into chunks of one size.
 

@@ -345,6 +345,7 @@ class _Run:
                 "beta2": choices.beta2,
                 "ema_decay": choices.ema_decay,
                 "microbatch_size": self._execution.microbatch_size,
+                "compile": self._execution.compile,
                 "reasons": dict(choices.reasons),
             },
             uses_test_key=uses_test_key,

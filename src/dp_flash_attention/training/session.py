@@ -25,6 +25,7 @@ from dp_flash_attention.clipping import (
     MicrobatchNorms,
     check_examples_independent,
 )
+from dp_flash_attention.clipping.compiled import CompiledClipping
 from dp_flash_attention.core.errors import (
     BudgetExhaustedError,
     InvalidInputError,
@@ -34,7 +35,13 @@ from dp_flash_attention.core.errors import (
 from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.core.validation import non_negative_int, positive_int
 from dp_flash_attention.noise import NormalGenerator, SecureBits, make_generator
-from dp_flash_attention.training.microbatches import CollateFn, Microbatch, RecordSource, static_chunks
+from dp_flash_attention.training.microbatches import (
+    CollateFn,
+    LogicalStep,
+    Microbatch,
+    RecordSource,
+    static_chunks,
+)
 from dp_flash_attention.training.ownership import check_same_parameters
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.sampler import PoissonSampler
@@ -44,32 +51,6 @@ _PROBE_ROWS = 3
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """Maps a model and a tree of inputs with B rows to one loss for each row, shape [B]."""
-
-
-class LogicalStep:
-    """One step's Poisson sample, cut into microbatches; iterate to get them. Private data.
-
-    Attributes:
-        index: Number of the step, from 0.
-        num_microbatches: 0 for an empty sample, which is a step like any other.
-    """
-
-    def __init__(
-        self, index: int, source: RecordSource, chunks: list[tuple[Tensor, Tensor]], device: torch.device
-    ) -> None:
-        self.index = index
-        self.num_microbatches = len(chunks)
-        self._source, self._chunks, self._device = source, chunks, device
-
-    def __iter__(self) -> Iterator[Microbatch]:
-        """Yields the microbatches in order, each fetched when it is its turn."""
-        for position, (indices, weights) in enumerate(self._chunks):
-            inputs = pytree.tree_map_only(
-                Tensor, lambda leaf: leaf.to(self._device), self._source.fetch(indices)
-            )
-            yield Microbatch(
-                step=self.index, position=position, inputs=inputs, weights=weights.to(self._device)
-            )
 
 
 class PrivateSession:
@@ -103,6 +84,7 @@ class PrivateSession:
         keys: RunKeys,
         fallback_modules: Collection[str] = (),
         step_index: int = 0,
+        compile: bool = False,
     ) -> None:
         if not isinstance(plan, PrivacyPlan):
             raise InvalidInputError(
@@ -116,6 +98,7 @@ class PrivateSession:
         self._accumulator = ClippedGradientAccumulator(
             model, l2_clip_norm=plan.l2_clip_norm, fallback_modules=fallback_modules
         )
+        self._compiled = CompiledClipping(self._accumulator, model) if compile else None
         assert self._accumulator.sensitivity == plan.sensitivity, "noise is scaled to what is really bounded"
         check_same_parameters(model, optimizer, self._accumulator.parameters)
         keys.claim()
@@ -203,6 +186,7 @@ class PrivateSession:
             RunStateError: If it is not the next microbatch of the open step.
             ExampleCouplingError: If an example's loss or gradient depends on others.
             MissingRuleError: If a parameter has no per-example rule or saw no gradient.
+            CompilationError: If the session compiles, and this step cannot be compiled.
         """
         step = self._open_step
         if step is None or microbatch.step != step.index or microbatch.position != self._next_position:
@@ -220,11 +204,13 @@ class PrivateSession:
             real = microbatch.weights > 0
             self.verify(pytree.tree_map_only(Tensor, lambda leaf: leaf[real], microbatch.inputs), loss_fn)
         with self._seeded(step.index, microbatch.position):
-            norms = self._accumulator.add(
-                lambda: loss_fn(self.model, microbatch.inputs),
-                batch_size=len(microbatch.weights),
-                weights=microbatch.weights,
-            )
+            inputs, weights = microbatch.inputs, microbatch.weights
+            if self._compiled is not None:
+                norms = self._compiled.add(loss_fn, inputs, batch_size=len(weights), weights=weights)
+            else:
+                norms = self._accumulator.add(
+                    lambda: loss_fn(self.model, inputs), batch_size=len(weights), weights=weights
+                )
         self._next_position += 1
         return norms
 
@@ -362,6 +348,7 @@ def make_private(
     keys: RunKeys | None = None,
     fallback_modules: Collection[str] = (),
     step_index: int = 0,
+    compile: bool = False,
 ) -> PrivateSession:
     """Makes training of ``model`` private under ``plan``, for a training loop of your own.
 
@@ -375,6 +362,8 @@ def make_private(
         fallback_modules: Modules to differentiate per example by ``torch.func``; see
             ``ClippedGradientAccumulator``.
         step_index: Number of steps that are done.
+        compile: Whether a microbatch's step becomes one graph of ``torch.compile``: slow once, faster then. Keep
+            ``loss_fn`` the same and shapes static. See ``clipping.compiled``.
 
     Raises:
         InvalidInputError: If optimizer and model do not hold the same trainable parameters, or a value is
@@ -391,4 +380,5 @@ def make_private(
         keys=RunKeys.from_os() if keys is None else keys,
         fallback_modules=fallback_modules,
         step_index=step_index,
+        compile=compile,
     )

@@ -225,6 +225,7 @@ class PrivateTrainer:
             keys=_keys(run),
             fallback_modules=self._fallback_modules,
             step_index=self._first_step,
+            compile=self._execution.compile,
         )
         diagnostics = self._diagnostics
         if diagnostics is None:
@@ -263,6 +264,7 @@ class PrivateTrainer:
             "loss_fn": fingerprint.function_settings(self._loss_fn),
             "fallback_modules": sorted(self._fallback_modules),
             "microbatch_size": self._execution.microbatch_size,
+            "compile": self._execution.compile,
             "settings": self._settings,
             "numerics": fingerprint.numerics(next(self._model.parameters()).device, torch.get_num_threads()),
             "uses_test_key": run.settings["uses_test_key"] if run.keys is None else run.keys.uses_test_key,

@@ -15,8 +15,9 @@ from dp_flash_attention.clipping.accumulator import ClippedGradientAccumulator
 from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import PrivacyPlan
 from dp_flash_attention.training import session as session_module
+from dp_flash_attention.training.microbatches import LogicalStep
 from dp_flash_attention.training.sampler import PoissonSampler
-from dp_flash_attention.training.session import LogicalStep, PrivateSession
+from dp_flash_attention.training.session import PrivateSession
 from dp_flash_attention.training.verification import (
     Check,
     check_batch_sizes,

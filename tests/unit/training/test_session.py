@@ -19,7 +19,8 @@ from dp_flash_attention.core.errors import (
 )
 from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import PrivacyPlan, RunKeys, make_private
-from dp_flash_attention.training.session import LogicalStep, PrivateSession
+from dp_flash_attention.training.microbatches import LogicalStep
+from dp_flash_attention.training.session import PrivateSession
 from dp_flash_attention.training.verification import check_steps_follow_definition
 
 NUM_RECORDS = 60

@@ -1,0 +1,337 @@
+"""The clipped step of a microbatch as one compiled graph.
+
+Forward, backward, norms, clip factors and weighted gradients are traced once through the recording rules into
+one graph of tensor operations, which ``torch.compile`` compiles without a break. Parameters and buffers are
+inputs of the graph, so each call reads their present values.
+
+What a graph cannot do, decide by values, is left outside: the graph returns the clipped sums together with one
+flag, and only if the flag is down are they added. The flag is up for a microbatch with an example whose gradient
+is not finite or whose rows cancel (``norms``); such a microbatch, rare, takes the eager path from the start, with
+the same dropout masks.
+
+A trace holds for what it was made with: the loss function, the inputs' shapes, types and plain values, the
+modules' training flags, and the settings of precision. Another combination is traced anew. Other Python state that
+a model reads, an attribute changed later say, stays what it was at the trace, which changes the model that is
+trained and never the clipping: norms and sums come from one graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from dp_flash_attention.clipping.accumulator import ClippedGradientAccumulator, MicrobatchNorms
+from dp_flash_attention.clipping.norms import cancellation_deferred
+from dp_flash_attention.clipping.precision import full_precision
+from dp_flash_attention.core.errors import CompilationError, DPFlashAttentionError, InvalidInputError
+
+# A loss function made anew for each microbatch over other values would be traced each time, for a minute each.
+_MOST_TRACES = 16
+
+# What the compiled graph may differ from the eager step by at its first use, relative; rounding in float32 gives
+# 1e-6, a wrong graph far more.
+_AGREEMENT = 1e-3
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GraphResult:
+    """What the graph returns of one microbatch."""
+
+    sums: dict[str, Tensor]
+    sq_norms_B: Tensor
+    losses_B: Tensor
+    needs_eager: Tensor
+
+
+class CompiledClipping:
+    """Adds microbatches to an accumulator's sums by a compiled graph.
+
+    Args:
+        accumulator: Whose sums, clip norm and rules are used.
+        model: The model that the accumulator was made for.
+
+    Raises:
+        InvalidInputError: If a parameter is of lower precision than float32: a compiled graph may keep a fused
+            intermediate in float32 for the norm and round it for the sum.
+
+    Guarantees: those of ``ClippedGradientAccumulator``, with one term more that is *assumed*: that the compiler
+        carries out the graph. It is looked at, not proved: at the first use of each graph its norms and sums
+        are compared with the eager ones.
+    """
+
+    def __init__(self, accumulator: ClippedGradientAccumulator, model: nn.Module) -> None:
+        self._accumulator, self._model = accumulator, model
+        self._graphs: list[tuple[_Key, Callable[..., _GraphResult]]] = []
+        for name, parameter in accumulator.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise InvalidInputError(
+                    "compile",
+                    f"True, and {name} is {parameter.dtype}",
+                    bound="False, or parameters in float32 or float64",
+                    remedy="Train this model without compile.",
+                )
+
+    @property
+    def num_traces(self) -> int:
+        """How many graphs were made so far."""
+        return len(self._graphs)
+
+    def add(
+        self, loss_fn: LossFn, inputs: Any, *, batch_size: int, weights: Tensor | None = None
+    ) -> MicrobatchNorms:
+        """Adds one microbatch's clipped gradients to the accumulator's sums; see its ``add``.
+
+        Args:
+            loss_fn: Maps the model and a tree of inputs to one loss for each example, shape [B].
+            inputs: A tree whose tensors have B rows.
+            batch_size: B, padding included.
+            weights: Shape [B], 1 for a real example and 0 for padding; None means all ones.
+
+        Raises:
+            CompilationError: If the step cannot be traced or compiled, or the graph disagrees with the eager step at
+                its first use. Nothing was added.
+            InvalidInputError: Under autocast, for the reason above; or as the accumulator's ``add``.
+            ExampleCouplingError: As the accumulator's ``add``.
+            MissingRuleError: As the accumulator's ``add``.
+        """
+        device = next(iter(self._accumulator.parameters.values())).device
+        if torch.is_autocast_enabled(device.type):
+            raise InvalidInputError(
+                "compile",
+                "True under autocast",
+                bound="False, or no autocast",
+                remedy="Leave one of the two out.",
+            )
+        checked_B = self._accumulator.checked_weights(weights, batch_size=batch_size, device=device)
+
+        def eager() -> MicrobatchNorms:
+            return self._accumulator.add(
+                lambda: loss_fn(self._model, inputs), batch_size=batch_size, weights=weights
+            )
+
+        with _RandomState(device) as random_state, full_precision(device):
+            graph, is_new = self._graph_for(loss_fn, inputs, checked_B)
+            random_state.rewind()
+            result = _run(graph, self._state(), inputs, checked_B)
+            random_state.rewind()
+            if bool(result.needs_eager):
+                return eager()
+            if is_new:
+                self._check_agreement(result, loss_fn, inputs, checked_B)
+            self._accumulator.add_sums(result.sums)
+        return MicrobatchNorms(norms=result.sq_norms_B.sqrt(), losses=result.losses_B)
+
+    def _state(self) -> dict[str, Tensor]:
+        """Returns the model's parameters and buffers by name, as plain tensors."""
+        return {name: p.detach() for name, p in self._model.named_parameters()} | dict(
+            self._model.named_buffers()
+        )
+
+    def _graph_for(
+        self, loss_fn: LossFn, inputs: Any, weights_B: Tensor
+    ) -> tuple[Callable[..., _GraphResult], bool]:
+        key = _Key.of(self._model, loss_fn, inputs)
+        for known, graph in self._graphs:
+            if known == key:
+                return graph, False
+        if len(self._graphs) >= _MOST_TRACES:
+            raise CompilationError(
+                f"the step would be traced for the {_MOST_TRACES + 1}th time. Give accumulate() the same loss function "
+                f"and inputs of the same shapes each time (pad to one length), or train without compile."
+            )
+        graph = self._trace(loss_fn, inputs, weights_B)
+        self._graphs.append((key, graph))
+        return graph, True
+
+    def _trace(self, loss_fn: LossFn, inputs: Any, weights_B: Tensor) -> Callable[..., _GraphResult]:
+        step = _Step(self._model, self._accumulator, loss_fn)
+
+        def run(
+            state: dict[str, Tensor], inputs: Any, weights_B: Tensor
+        ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+            trained = self._accumulator.parameters.keys()
+            leaves = {
+                f"model.{n}": t.detach().requires_grad_() if n in trained else t for n, t in state.items()
+            }
+            result: tuple[dict[str, Tensor], Tensor, Tensor, Tensor] = torch.func.functional_call(
+                step, leaves, (inputs, weights_B)
+            )
+            return result
+
+        try:
+            # Fake tensors have no values, so a model whose course depends on them raises here.
+            traced = make_fx(run, tracing_mode="fake")(self._state(), inputs, weights_B)
+        except DPFlashAttentionError:
+            raise
+        except Exception as error:
+            raise CompilationError(
+                f"the step cannot be traced into one graph: {_short(error)}. A forward pass may not depend on "
+                f"values of tensors, nor use tensors that are neither inputs, parameters nor buffers. Change that, or "
+                f"train without compile."
+            ) from error
+        # The eager step's random numbers: dropout masks are the same on either path.
+        compiled = torch.compile(traced, fullgraph=True, dynamic=False, options={"fallback_random": True})
+
+        def call(state: dict[str, Tensor], inputs: Any, weights_B: Tensor) -> _GraphResult:
+            sums, sq_norms_B, losses_B, needs_eager = compiled(state, inputs, weights_B)
+            return _GraphResult(sums=sums, sq_norms_B=sq_norms_B, losses_B=losses_B, needs_eager=needs_eager)
+
+        return call
+
+    def _check_agreement(self, result: _GraphResult, loss_fn: LossFn, inputs: Any, weights_B: Tensor) -> None:
+        """Compares the graph's first result with the eager one."""
+        tape, losses = self._accumulator.record(
+            lambda: loss_fn(self._model, inputs), batch_size=len(weights_B)
+        )
+        sums, sq_norms_B = self._accumulator.clipped_sums(tape, weights_B)
+        pairs = [
+            ("norms", result.sq_norms_B.sqrt(), sq_norms_B.sqrt()),
+            ("losses", result.losses_B, losses),
+        ] + [(f"the sum of {name}", result.sums[name], sums[name]) for name in sums]
+        # A parameter's sum may be tiny beside the others, whose rounding it inherits.
+        least = self._accumulator.sensitivity.l2 * 1e-3
+        for what, ours, reference in pairs:
+            floor = least if what.startswith("the sum") else 0.0
+            difference, size = float((ours - reference).norm()), float(reference.norm())
+            if not difference <= _AGREEMENT * max(size, floor):
+                self._graphs.clear()
+                raise CompilationError(
+                    f"the compiled step disagrees with the eager one: {what} differ by {difference:.2g} of {size:.2g}. "
+                    f"Nothing was added. Train without compile, and report this."
+                )
+
+
+class _Step(nn.Module):
+    """The clipped step as a module, so that parameters and buffers can be handed in."""
+
+    def __init__(self, model: nn.Module, accumulator: ClippedGradientAccumulator, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model = model
+        self._accumulator, self._loss_fn = accumulator, loss_fn
+
+    def forward(self, inputs: Any, weights_B: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        accumulator = self._accumulator.bound_to(self.model)
+        with cancellation_deferred() as cancelled:
+            tape, losses_B = accumulator.record(
+                lambda: self._loss_fn(self.model, inputs), batch_size=len(weights_B)
+            )
+            sums, sq_norms_B = accumulator.clipped_sums(tape, weights_B)
+        needs_eager = ~torch.isfinite(sq_norms_B.sqrt()).all()
+        for cancelled_B in cancelled:
+            needs_eager = needs_eager | cancelled_B.any()
+        return sums, sq_norms_B, losses_B, needs_eager
+
+
+class _RandomState:
+    """PyTorch's generators, to be rewound to where they stood: each path draws the same masks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> _RandomState:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        return self
+
+    def rewind(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Key:
+    """What a trace depends on; equal keys share a graph."""
+
+    objects: tuple[object, ...]
+    values: tuple[object, ...]
+
+    @staticmethod
+    def of(model: nn.Module, loss_fn: LossFn, inputs: Any) -> _Key:
+        leaves, tree = pytree.tree_flatten(inputs)
+        objects, values = _function_parts(loss_fn)
+        described = tuple(
+            (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        )
+        trained = tuple(
+            (name, p.requires_grad, p.dtype, p.device, tuple(p.shape)) for name, p in model.named_parameters()
+        )
+        return _Key(
+            objects=(*objects, *model.modules()),
+            values=(
+                values,
+                tree,
+                described,
+                trained,
+                tuple(module.training for module in model.modules()),
+                torch.get_default_dtype(),
+                torch.are_deterministic_algorithms_enabled(),
+            ),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Key)
+            and len(self.objects) == len(other.objects)
+            and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+            and _same(self.values, other.values)
+        )
+
+
+def _same(first: object, second: object) -> bool:
+    # 1, 1.0 and True are equal and not the same to a trace.
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True))
+    return type(first) is type(second) and bool(first == second)
+
+
+def _function_parts(function: Any) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Returns what identifies a function: objects by identity, plain values by equality.
+
+    A lambda written in a loop is a new object each time, with the same code and, mostly, the same surroundings.
+    """
+    if isinstance(function, MethodType):
+        objects, values = _function_parts(function.__func__)
+        return (function.__self__, *objects), values
+    if not isinstance(function, FunctionType):
+        return (function,), ()
+    around = [cell.cell_contents for cell in function.__closure__ or ()]
+    around += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    plain = tuple(x for x in around if isinstance(x, int | float | str | bool | None))
+    others = tuple(x for x in around if not isinstance(x, int | float | str | bool | None))
+    return (function.__code__, function.__globals__, *others), plain
+
+
+def _run(graph: Callable[..., _GraphResult], *arguments: Any) -> _GraphResult:
+    try:
+        with warnings.catch_warnings():
+            # No code of the user's runs here; the compiler uses parts of torch that torch warns of.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return graph(*arguments)
+    except DPFlashAttentionError:
+        raise
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise CompilationError(
+            f"the step could not be compiled: {_short(error)}. On a CPU torch.compile needs a C++ compiler (g++ or "
+            f"clang++, with Python's headers); install one, or train without compile."
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300].rstrip(".:") or type(error).__name__
