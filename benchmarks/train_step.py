@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _harness import Bar, Report, Row, emit, run_interleaved
 from dp_flash_attention.clipping import ClippedGradientAccumulator
+from dp_flash_attention.clipping.compiled import CompiledClipping
 from dp_flash_attention.noise import SecretKey, make_generator
 from dp_flash_attention.training.losses import language_model_loss
 from dp_flash_attention.training.memory import keep_freed_memory
@@ -77,16 +78,24 @@ def non_private(shape: Shape, *, tied: bool, compiled: bool = False) -> Step:
     return step
 
 
-def ours(shape: Shape, *, tied: bool) -> Step:
+def lm_loss(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    return language_model_loss(model(ids), ids)
+
+
+def ours(shape: Shape, *, tied: bool, compiled: bool = False) -> Step:
     model, optimizer, ids = build(shape, tied=tied)
     accumulator = ClippedGradientAccumulator(model, l2_clip_norm=CLIP_NORM)
+    clipping = CompiledClipping(accumulator, model) if compiled else None
     generator = make_generator("secure", SecretKey.from_os())
     num_steps = 0
 
     def step() -> None:
         nonlocal num_steps
         accumulator.reset()
-        accumulator.add(lambda: language_model_loss(model(ids), ids), batch_size=len(ids))
+        if clipping is None:
+            accumulator.add(lambda: lm_loss(model, ids), batch_size=len(ids))
+        else:
+            clipping.add(lm_loss, ids, batch_size=len(ids))
         sums = accumulator.sums
         for stream, (name, parameter) in enumerate(accumulator.parameters.items()):
             noisy = generator.add_normal_(
@@ -148,6 +157,7 @@ MODES: dict[str, Callable[..., Step]] = {
     "non-private eager": non_private,
     "non-private compiled": lambda shape, tied: non_private(shape, tied=tied, compiled=True),
     "ours": ours,
+    "ours compiled": lambda shape, tied: ours(shape, tied=tied, compiled=True),
     "opacus per-sample": opacus_per_sample,
     "opacus ghost": opacus_ghost,
 }
@@ -210,11 +220,20 @@ def measure(shape: Shape, *, tied: bool, repeats: int, modes: list[str]) -> tupl
             holds=ratios["ours"] <= 1.15,
         )
     ]
+    compiled = ratios["ours compiled"] / ratios["non-private compiled"]
+    bars.append(
+        Bar(
+            name=f"ours compiled / non-private compiled, {label}",
+            value=compiled,
+            bound=1.25,
+            holds=compiled <= 1.25,
+        )
+    )
     peers = [ratios[mode] for mode in OPACUS if mode in ratios]
     if peers:
         gain = min(peers) / ratios["ours"]
         bars.append(Bar(name=f"better Opacus mode / ours, {label}", value=gain, bound=1.5, holds=gain >= 1.5))
-    peaks = {mode: peak_bytes(mode, shape, tied=tied) for mode in modes if mode != "non-private compiled"}
+    peaks = {mode: peak_bytes(mode, shape, tied=tied) for mode in modes if not mode.endswith("compiled")}
     for mode, peak in peaks.items():
         ratio = peak / peaks["non-private eager"]
         rows.append(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dp_flash_attention.core.errors import ExampleCouplingError, InvalidInputError, RunStateError
@@ -103,6 +104,22 @@ def test_what_a_run_says_and_leaves(unbroken: TrainingResult) -> None:
     assert unbroken.epsilon_spent == PLAN.accounted_epsilon
     names = {path.name for path in unbroken.model_path.parent.iterdir()}
     assert names == {"run.json", ".lock", "checkpoints", "diagnostics", "model.safetensors"}
+
+
+def test_a_compiled_run_draws_the_same_noise_and_masks_and_resumes(
+    tmp_path: Path, unbroken: TrainingResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph as it was traced; that the compiler keeps to it is looked at in ``test_compiled``."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    execution = ExecutionConfig(microbatch_size=4, checkpoint_every=2, compile=True)
+    with pytest.raises(Stopped):
+        trainer(tmp_path / "run", execution=execution, on_step=stop_after(3, dies)).fit(records())
+    with pytest.raises(RunStateError, match="compile"):
+        trainer(tmp_path / "run").fit(records(), resume=True)
+    resumed = trainer(tmp_path / "run", execution=execution).fit(records(), resume=True)
+    expected = load_file(unbroken.model_path)
+    for name, value in load_file(resumed.model_path).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 6])
