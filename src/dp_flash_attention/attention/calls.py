@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from threading import Lock
 from typing import NoReturn
 
@@ -131,8 +132,21 @@ class CallNoise:
         Raises:
             NoiseReuseError: As in ``check``.
         """
+        return self.claim_for(_nothing, call_id)
+
+    def claim_for(self, pay: Callable[[], None], call_id: int | None = None) -> NoiseStream:
+        """Pays for a call and takes its number, as one act: no thread pays for a number that another has taken.
+
+        Args:
+            pay: Spends the call's budget; what it raises is passed on, and the number stays free.
+            call_id: As in ``claim``.
+
+        Raises:
+            NoiseReuseError: As in ``check``; nothing was paid.
+        """
         with self._lock:
             number = self.check(call_id)
+            pay()
             self._next_call = number + 1
         return self._stream(number)
 
@@ -154,6 +168,10 @@ class CallNoise:
     def __deepcopy__(self, memo: object) -> CallNoise:
         """Returns the object itself, so that a copied module goes on counting with the original."""
         return self
+
+
+def _nothing() -> None:
+    """What a call without a filter pays."""
 
 
 def _checked_number(name: str, value: object) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -188,8 +189,9 @@ def release_attention(
     )
     with torch.autocast(query.device.type, enabled=False):  # products in the dtype that was charged for
         chosen = choose_backend(backend, call, rounding=plan.bounds.rounding)
-    number = noise.check(call_id)
-    if privacy_filter is not None:
+    if privacy_filter is None:
+        stream = noise.claim(call_id)
+    else:
         if privacy_filter.neighboring_relation is not plan.bounds.neighboring_relation:
             raise InvalidInputError(
                 "privacy_filter.neighboring_relation",
@@ -197,8 +199,7 @@ def release_attention(
                 bound=f"that of the bounds, {plan.bounds.neighboring_relation.value}",
                 remedy="State both for one relation.",
             )
-        privacy_filter.spend(plan.mu)
-    stream = noise.claim(number if call_id is not None else None)
+        stream = noise.claim_for(partial(privacy_filter.spend, plan.mu), call_id)
     with torch.autocast(query.device.type, enabled=False):
         output = chosen.release(replace(call, noise=stream))
     release = Release(
