@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -25,6 +26,7 @@ from dp_flash_attention.attention.planning import AttentionPlan, plan_attention_
 from dp_flash_attention.attention.release import Release, assumptions_of
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget
+from dp_flash_attention.noise.precision import true_float32
 
 
 class ReleaseFilter(Protocol):
@@ -187,7 +189,7 @@ def release_attention(
         noise=noise.peek(call_id),
         out_dtype=out_type,
     )
-    with torch.autocast(query.device.type, enabled=False):  # products in the dtype that was charged for
+    with _as_charged(query.device):
         chosen = choose_backend(backend, call, rounding=plan.bounds.rounding)
     if privacy_filter is None:
         stream = noise.claim(call_id)
@@ -200,7 +202,7 @@ def release_attention(
                 remedy="State both for one relation.",
             )
         stream = noise.claim_for(partial(privacy_filter.spend, plan.mu), call_id)
-    with torch.autocast(query.device.type, enabled=False):
+    with _as_charged(query.device):
         output = chosen.release(replace(call, noise=stream))
     release = Release(
         plan=plan,
@@ -213,3 +215,10 @@ def release_attention(
         ),
     )
     return output, release
+
+
+@contextmanager
+def _as_charged(device: torch.device) -> Iterator[None]:
+    """Products in the dtype that was charged for, and in its full precision."""
+    with true_float32(), torch.autocast(device.type, enabled=False):
+        yield

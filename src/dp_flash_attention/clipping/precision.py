@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+
+from dp_flash_attention.noise.precision import true_float32
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Norms and sums: true float32, outside the caller's autocast, and off the forward pass's graph."""
-    # Under "high" or "medium" precision products of float32 matrices keep 10 or 7 bits of each factor.
-    cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
-    backends: tuple[Any, ...] = (cuda.matmul, mkldnn.matmul)  # type: ignore[attr-defined]  # not in its stub
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with true_float32(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

@@ -335,6 +335,26 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_coarser_products_of_the_process_do_not_reach_a_call(setting, monkeypatch):
+    """TF32 and bfloat16 products err by more than the rounding that a float32 call is charged for."""
+    release, seen = plain.PlainBackend.release, []
+
+    def looking(self, call):
+        seen.append((torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+        return release(self, call)
+
+    monkeypatch.setattr(plain.PlainBackend, "release", looking)
+    torch.set_float32_matmul_precision(setting)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        dp_flash_attention(*rows(), bounds=bounds(), noise=noise(), mu=0.5)
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("ieee", "ieee")]
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refused_call_spends_nothing_and_runs_nothing(case, monkeypatch):
     make, said = REFUSED[case]
