@@ -145,7 +145,7 @@ class AmplitudeEstimationResistant:
                 self._charges.charge(rho=plan.rho, distance=plan.distance)
                 self._answered[label] = None
         unpacked = unpack(compute())
-        if unpacked.vector.size != dimension or unpacked.whole is not whole:
+        if unpacked.flat.size != dimension or unpacked.whole is not whole:
             raise InvalidInputError(
                 "the computed answer",
                 "of another length or kind, not shown",
@@ -253,7 +253,15 @@ class AmplitudeEstimationResistant:
                 privacy_unit=self._unit,
                 sensitivity=f"{plan.l2_sensitivity:g} in L2; "
                 f"{plan.grid_sensitivity * plan.grid:g} after rounding to the grid",
-                public=("query", "budget", "grid", "noise variance", "data version", "epoch"),
+                public=(
+                    "query",
+                    "budget",
+                    "grid",
+                    "noise variance",
+                    "data version",
+                    "epoch",
+                    f"numbers saturate at {plan.reach:g}, NaN counts as 0",
+                ),
                 theorem="any number of repeats is post-processing of one discrete Gaussian answer",
                 source="Canonne, Kamath & Steinke 2020; Dwork & Roth 2014, Proposition 2.1",
             ),
@@ -265,7 +273,7 @@ class AmplitudeEstimationResistant:
             estimated=(),
             assumed=(
                 "The data do not change under one data_version, and the computation is deterministic.",
-                "The sensitivity passed in holds for the answer.",
+                "The sensitivity passed in holds for the answer, between answers with NaN counted as 0.",
                 "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
                 *strength_assumptions(secret_bits(self._master), self._cipher),
             ),

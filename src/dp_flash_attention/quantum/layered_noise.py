@@ -23,7 +23,7 @@ from dp_flash_attention.quantum.generator_strength import (
 from dp_flash_attention.quantum.grid import round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.layered_plan import LayeredPlan, NoiseLaw, plan_layered
-from dp_flash_attention.quantum.values import Integers, unpack
+from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, unpack
 
 _CIPHER: Final = "aes-256-ctr"
 _KEY_BITS = 256
@@ -112,13 +112,14 @@ class LayeredNoise:
             step: Number of the release.
 
         Raises:
-            InvalidInputError: If the row has another length or is not finite.
+            InvalidInputError: If the row has another length or kind. What it holds never raises: NaN counts as 0, and
+                numbers saturate at ±2^52·γ.
         """
         unpacked = unpack(row)
-        if unpacked.vector.size != plan.dimension:
+        if unpacked.flat.size != plan.dimension:
             raise InvalidInputError(
                 "row",
-                f"{unpacked.vector.size} numbers",
+                f"{unpacked.flat.size} numbers",
                 bound=f"{plan.dimension} numbers",
                 remedy="See the plan.",
             )
@@ -246,6 +247,7 @@ class LayeredNoise:
                     "sensitivity",
                     "budget",
                     "share variance",
+                    f"numbers saturate at {MAX_MAGNITUDE * plan.grid:g}, NaN counts as 0",
                 ),
                 theorem=f"sum of at least {h} honest shares of {plan.law.replace('_', ' ')} noise",
                 source="Agarwal, Kairouz & Liu 2021; Kairouz, Liu & Steinke 2021",
