@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +10,6 @@ import numpy as np
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import (
     Guarantee,
-    NeighboringRelation,
     PrivacyBudget,
     PrivacyUnit,
     Sensitivity,
@@ -49,10 +46,15 @@ class AmplitudeEstimationResistant:
     at their price. The *rounded value* is in as well, in case the caller forgets to change the version: then the noise
     is independent and not shared.
 
+    The charge book remembers which queries were paid for, and a keyed digest of each answer *before* it is released. So
+    after a restart with the same key and a ``DurableChargeBook`` a repeat costs nothing and has the same bytes, and
+    whatever would be another answer to a query that was paid for is refused.
+
     Args:
         key: Secret; from ``load_memo_key`` for answers that survive a restart. A ``WideSecretKey`` carries more than 128
             bits against quantum search.
-        charges: Where each distinct query pays, before the data are looked at.
+        charges: Where each distinct query pays, before the data are looked at. A ``ConcentratedBudget`` ends with the
+            process; a ``DurableChargeBook`` does not.
         data_version: Public name of this state of the data; any change of the data needs a new one.
         epoch: Public counter.
         grid: As in ``PostQuantumGaussian``.
@@ -97,9 +99,6 @@ class AmplitudeEstimationResistant:
         self._charges = charges
         self._grid = grid
         self._unit = privacy_unit
-        self._relation: NeighboringRelation | None = None
-        self._answered: dict[bytes, bytes | None] = {}
-        self._lock = threading.Lock()
 
     def answer(
         self,
@@ -138,12 +137,10 @@ class AmplitudeEstimationResistant:
             advantage=generator_advantage(dimension, searched_bits(self._master), self._cipher),
         )
         label = self._label(query, plan, sensitivity)
-        with self._lock:
-            self._check_relation(sensitivity.neighboring_relation)
-            # Charged once, and before anything is computed: a computation that fails has still been paid for.
-            if label not in self._answered:
-                self._charges.charge(rho=plan.rho, distance=plan.distance)
-                self._answered[label] = None
+        # Paid once, and before anything is computed: a computation that fails has still been paid for.
+        self._charges.charge(
+            rho=plan.rho, distance=plan.distance, query=label, relation=sensitivity.neighboring_relation
+        )
         unpacked = unpack(compute())
         if unpacked.flat.size != dimension or unpacked.whole is not whole:
             raise InvalidInputError(
@@ -153,9 +150,9 @@ class AmplitudeEstimationResistant:
                 remedy="Declare the answer's length and kind.",
             )
         counts = round_to_grid(unpacked.vector, plan.grid)
-        commitment = self._commit(label, counts)
-        noisy = add_on_grid(counts, self._noise(label, commitment, plan), 1.0).astype(np.float64) * plan.grid
-        return self._describe(unpacked.restore(noisy), plan, sensitivity)
+        steps = add_on_grid(counts, self._noise(label, counts, plan), 1.0)
+        self._bind(label, steps)
+        return self._describe(unpacked.restore(steps.astype(np.float64) * plan.grid), plan, sensitivity)
 
     def release(
         self, value: Any, sensitivity: Sensitivity, budget: PrivacyBudget, *, query: object = None
@@ -194,37 +191,27 @@ class AmplitudeEstimationResistant:
             num_bytes=_DIGEST_BYTES,
         )
 
-    def _check_relation(self, relation: NeighboringRelation) -> None:
-        # Prices under two relations do not add up to a guarantee under either.
-        if self._relation not in (None, relation):
-            raise InvalidInputError(
-                "neighboring_relation",
-                relation.value,
-                bound=f"that of the answers before, {self._relation}",
-                remedy="Derive every sensitivity for one relation.",
+    def _bind(self, label: bytes, steps: Integers) -> None:
+        """Records a keyed digest of what is about to be released; another one than before is not released.
+
+        A query that was paid for is answered for nothing, also after a restart. That is sound only if it is the same
+        answer: changed data, or a version of the library that draws other noise, would make a second release.
+        """
+        answer = self._digest(label, steps, domain=b"dpfa.memo.answer.v1", num_bytes=_DIGEST_BYTES)
+        if not self._charges.bind(query=label, answer=answer):
+            raise NoiseReuseError(
+                f"A query gave another answer than before under data_version {self._version!r}, but one version "
+                "has one answer. Give changed data a new data_version (and make the computation deterministic); after an "
+                "upgrade that changed the noise, raise the epoch."
             )
-        self._relation = relation
 
-    def _commit(self, label: bytes, counts: Integers) -> bytes:
-        """Returns a keyed hash of label and rounded value, after comparing it with the one of an earlier answer."""
-        seen = keyed_shake256(
-            self._secret,
-            label,
-            counts.astype("<i8").tobytes(),
-            domain=b"dpfa.memo.commitment.v1",
-            num_bytes=_DIGEST_BYTES,
+    def _digest(self, label: bytes, numbers: Integers, *, domain: bytes, num_bytes: int) -> bytes:
+        return keyed_shake256(
+            self._secret, label, numbers.astype("<i8").tobytes(), domain=domain, num_bytes=num_bytes
         )
-        with self._lock:
-            before = self._answered[label]
-            if before is not None and not hmac.compare_digest(before, seen):
-                raise NoiseReuseError(
-                    f"A query gave another true answer than before under data_version {self._version!r}, but one version "
-                    "has one answer. Give changed data a new data_version (and make the computation deterministic)."
-                )
-            self._answered[label] = seen
-        return seen
 
-    def _noise(self, label: bytes, commitment: bytes, plan: GaussianPlan) -> Integers:
+    def _noise(self, label: bytes, counts: Integers, plan: GaussianPlan) -> Integers:
+        commitment = self._digest(label, counts, domain=b"dpfa.memo.commitment.v1", num_bytes=_DIGEST_BYTES)
         seed = keyed_shake256(
             self._secret,
             label,
@@ -272,6 +259,7 @@ class AmplitudeEstimationResistant:
             ),
             estimated=(),
             assumed=(
+                self._charges.assumption,
                 "The data do not change under one data_version, and the computation is deterministic.",
                 "The sensitivity passed in holds for the answer, between answers with NaN counted as 0.",
                 "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
