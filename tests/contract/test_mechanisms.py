@@ -126,3 +126,45 @@ def test_a_sensitivity_of_nothing_or_everything_cannot_be_stated(l2):
 def test_a_budget_that_no_noise_can_meet_is_refused(mechanism, budget):
     with pytest.raises(InvalidInputError, match=r"delta|epsilon"):
         mechanism.release(np.zeros((2, 2)), TEN, budget)
+
+
+def keyed(key):
+    """The same mechanisms with a key of the caller's, and how each of them releases."""
+    charges = ConcentratedBudget(PrivacyBudget(epsilon=20.0, delta=1e-5))
+    parties = LayeredNoise(num_parties=2, num_honest=1)
+    return {
+        "PostQuantumGaussian": PostQuantumGaussian(key=key).release,
+        "AmplitudeEstimationResistant": AmplitudeEstimationResistant(
+            key=key, charges=charges, data_version="v1"
+        ).release,
+        "LatticeGaussian, integers": LatticeGaussian(key=key).release,
+        "LatticeGaussian, basis": LatticeGaussian([[1.0, 0.5], [0.0, 1.0]], key=key).release,
+        "LayeredNoise": lambda *request: parties.release(*request, keys=[key, SecretKey.from_os()]),
+    }
+
+
+class OwnKey:
+    """A key of the caller's own type, which says nothing about its entropy."""
+
+    is_test_key = False
+
+    def __init__(self):
+        self._key = SecretKey.from_os()
+        self.derive, self.export = self._key.derive, self._key.export
+
+
+@pytest.mark.parametrize(
+    ("make", "assumed"),
+    [
+        (SecretKey.from_os, False),
+        (lambda: SecretKey.from_bytes(bytes(range(32))), True),
+        (lambda: SecretKey.from_bytes(bytes(range(32))).derive("child"), True),
+        (OwnKey, True),
+    ],
+    ids=["drawn", "passed in", "subkey", "own type"],
+)
+@pytest.mark.parametrize("name", list(keyed(SecretKey.from_os())))
+def test_a_strength_that_is_the_callers_word_is_said_to_be_assumed(name, make, assumed):
+    stated = keyed(make())[name](np.zeros((2, 2)), TEN, BUDGET).statement()
+    assert any(line.startswith("assumed, on the caller's word:") for line in stated["assumed"]) is assumed
+    assert any("given the key's bits, which are assumed" in line for line in stated["certified"]) is assumed

@@ -16,12 +16,14 @@ from dp_flash_attention.core.privacy import (
 )
 from dp_flash_attention.core.validation import non_negative_int
 from dp_flash_attention.noise import NoiseKey, SecretKey, WideSecretKey
+from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.quantum.canonical import canonical_bytes
 from dp_flash_attention.quantum.charges import ChargeBook
 from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
+    given_assumed_entropy,
     quantum_security_bits,
     searched_bits,
     secret_bits,
@@ -254,7 +256,8 @@ class AmplitudeEstimationResistant:
             ),
             quantum_security_bits=quantum_security_bits(secret_bits(self._master), self._cipher),
             certified=(
-                f"this query, asked any number of times: ({plan.epsilon:g}, {plan.delta.total:.3g})-DP",
+                f"this query, asked any number of times: ({plan.epsilon:g}, {plan.delta.total:.3g})-DP"
+                f"{given_assumed_entropy(vouched_entropy(self._master))}",
                 "distinct queries are added up in the charge book",
             ),
             estimated=(),
@@ -263,6 +266,8 @@ class AmplitudeEstimationResistant:
                 "The data do not change under one data_version, and the computation is deterministic.",
                 "The sensitivity passed in holds for the answer, between answers with NaN counted as 0.",
                 "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
-                *strength_assumptions(secret_bits(self._master), self._cipher),
+                *strength_assumptions(
+                    secret_bits(self._master), self._cipher, vouched=vouched_entropy(self._master)
+                ),
             ),
         )

@@ -18,10 +18,12 @@ from dp_flash_attention.accounting.lattice_gaussian import (
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
 from dp_flash_attention.noise import NoiseKey, SecretKey
+from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.quantum.exact_noise import MAX_DISTANCE
 from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
+    given_assumed_entropy,
     quantum_security_bits,
     searched_bits,
     secret_bits,
@@ -171,12 +173,15 @@ class LatticeGaussian:
                 source="Canonne, Kamath & Steinke 2020; Gentry, Peikert & Vaikuntanathan 2008",
             ),
             quantum_security_bits=quantum_security_bits(secret_bits(self._key), _CIPHER),
-            certified=(f"({budget.epsilon:g}, {delta.total:.3g})-DP on the lattice",),
+            certified=(
+                f"({budget.epsilon:g}, {delta.total:.3g})-DP on the lattice"
+                f"{given_assumed_entropy(vouched_entropy(self._key))}",
+            ),
             estimated=(),
             assumed=(
                 "The sensitivity passed in holds for the value passed in, between values with NaN counted as 0.",
                 "Nobody times the sampler: how long it runs depends on the noise.",
-                *strength_assumptions(secret_bits(self._key), _CIPHER),
+                *strength_assumptions(secret_bits(self._key), _CIPHER, vouched=vouched_entropy(self._key)),
             ),
         )
 

@@ -19,11 +19,13 @@ from dp_flash_attention.core.privacy import (
 )
 from dp_flash_attention.core.validation import positive_finite
 from dp_flash_attention.noise import ExactCipher, NoiseKey, SecretKey
+from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
+    given_assumed_entropy,
     quantum_security_bits,
     searched_bits,
     secret_bits,
@@ -226,13 +228,16 @@ class PostQuantumGaussian:
             guarantee=gaussian_guarantee(plan, relation, self._unit),
             quantum_security_bits=quantum_security_bits(secret_bits(self._key), self._cipher),
             certified=(
-                f"({plan.epsilon:g}, {plan.delta.total:.3g})-DP, {plan.delta.sampler:.2g} of δ for the sampler's distance",
+                f"({plan.epsilon:g}, {plan.delta.total:.3g})-DP, {plan.delta.sampler:.2g} of δ for the sampler's distance"
+                f"{given_assumed_entropy(vouched_entropy(self._key))}",
                 f"rounding {plan.dimension} coordinates to multiples of {plan.grid:g} is in the sensitivity",
             ),
             estimated=(),
             assumed=(
                 "The sensitivity passed in holds for the value passed in, between values with NaN counted as 0.",
-                *strength_assumptions(secret_bits(self._key), self._cipher),
+                *strength_assumptions(
+                    secret_bits(self._key), self._cipher, vouched=vouched_entropy(self._key)
+                ),
             ),
         )
 

@@ -11,6 +11,8 @@ def test_the_same_file_gives_the_same_key(tmp_path):
     path = tmp_path / "memo.key"
     key = create_memo_key(path)
     assert load_memo_key(path) == key
+    assert key.vouched == ()
+    assert "nobody else read" in load_memo_key(path).vouched[0]
     assert path.stat().st_mode & 0o777 == 0o600
     assert create_memo_key(tmp_path / "other.key") != key
 
