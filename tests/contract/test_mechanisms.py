@@ -78,17 +78,28 @@ def test_more_budget_means_less_noise(mechanism):
 @pytest.mark.parametrize(
     "bad",
     [
-        np.full((2, 2), math.nan),
-        np.full((2, 2), math.inf),
-        np.full((2, 2), 1e200),
         np.zeros((2, 2), dtype=complex),
+        np.zeros((2, 2), dtype=bool),
+        np.zeros((0, 2)),
         None,
     ],
-    ids=["NaN", "infinity", "huge", "complex", "None"],
+    ids=["complex", "bool", "empty", "None"],
 )
-def test_bad_values_are_refused(mechanism, bad):
+def test_values_of_another_kind_are_refused(mechanism, bad):
     with pytest.raises(InvalidInputError):
         mechanism.release(bad, TEN, BUDGET)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [math.nan, math.inf, -math.inf, 1e200, 1.7e308, 5e-324, 2**62],
+    ids=["NaN", "infinity", "-infinity", "huge", "largest", "smallest", "whole"],
+)
+def test_no_content_of_a_value_raises(mechanism, content):
+    """The value is private, so an error that depends on it would be an output without noise."""
+    found = mechanism.release(np.full((2, 2), content), TEN, BUDGET)
+    assert np.isfinite(found.value).all()
+    assert any("saturate" in fact and "NaN" in fact for fact in found.guarantee.public)
 
 
 @pytest.mark.parametrize("bad", [1.0, None, BUDGET], ids=str)
@@ -115,3 +126,45 @@ def test_a_sensitivity_of_nothing_or_everything_cannot_be_stated(l2):
 def test_a_budget_that_no_noise_can_meet_is_refused(mechanism, budget):
     with pytest.raises(InvalidInputError, match=r"delta|epsilon"):
         mechanism.release(np.zeros((2, 2)), TEN, budget)
+
+
+def keyed(key):
+    """The same mechanisms with a key of the caller's, and how each of them releases."""
+    charges = ConcentratedBudget(PrivacyBudget(epsilon=20.0, delta=1e-5))
+    parties = LayeredNoise(num_parties=2, num_honest=1)
+    return {
+        "PostQuantumGaussian": PostQuantumGaussian(key=key).release,
+        "AmplitudeEstimationResistant": AmplitudeEstimationResistant(
+            key=key, charges=charges, data_version="v1"
+        ).release,
+        "LatticeGaussian, integers": LatticeGaussian(key=key).release,
+        "LatticeGaussian, basis": LatticeGaussian([[1.0, 0.5], [0.0, 1.0]], key=key).release,
+        "LayeredNoise": lambda *request: parties.release(*request, keys=[key, SecretKey.from_os()]),
+    }
+
+
+class OwnKey:
+    """A key of the caller's own type, which says nothing about its entropy."""
+
+    is_test_key = False
+
+    def __init__(self):
+        self._key = SecretKey.from_os()
+        self.derive, self.export = self._key.derive, self._key.export
+
+
+@pytest.mark.parametrize(
+    ("make", "assumed"),
+    [
+        (SecretKey.from_os, False),
+        (lambda: SecretKey.from_bytes(bytes(range(32))), True),
+        (lambda: SecretKey.from_bytes(bytes(range(32))).derive("child"), True),
+        (OwnKey, True),
+    ],
+    ids=["drawn", "passed in", "subkey", "own type"],
+)
+@pytest.mark.parametrize("name", list(keyed(SecretKey.from_os())))
+def test_a_strength_that_is_the_callers_word_is_said_to_be_assumed(name, make, assumed):
+    stated = keyed(make())[name](np.zeros((2, 2)), TEN, BUDGET).statement()
+    assert any(line.startswith("assumed, on the caller's word:") for line in stated["assumed"]) is assumed
+    assert any("given the key's bits, which are assumed" in line for line in stated["certified"]) is assumed

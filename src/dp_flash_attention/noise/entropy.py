@@ -33,6 +33,19 @@ class NoiseKey(Protocol):
         """Returns the key bytes: 32, or the 64 of a ``WideSecretKey``."""
 
 
+def vouched_entropy(key: NoiseKey) -> tuple[str, ...]:
+    """Returns what about a key's entropy is nobody's word but the caller's; empty if the library drew all of it.
+
+    A key of the caller's own type that says nothing about it is the caller's word altogether.
+    """
+    if key.is_test_key:
+        return ()
+    stated: tuple[str, ...] = getattr(
+        key, "vouched", (f"all bits of the key, which is of the caller's own type {type(key).__name__}",)
+    )
+    return stated
+
+
 def os_entropy(num_bytes: int) -> bytes:
     """Returns ``num_bytes`` bytes of the operating system's cryptographic generator.
 
@@ -76,6 +89,8 @@ class SecretBytes:
 
     Args:
         secret: The bytes; copied.
+        vouched: What about their entropy rests on the caller's word, one statement each; None for bytes that were passed
+            in, all of which does. Subkeys carry it along, and certificates list it under *assumed*.
 
     Raises:
         InvalidInputError: If they are not ``num_bytes`` bytes.
@@ -86,7 +101,7 @@ class SecretBytes:
     num_bytes: ClassVar[int]
     origin: ClassVar[str]  # where such a key comes from, for errors
 
-    def __init__(self, secret: bytes | bytearray) -> None:
+    def __init__(self, secret: bytes | bytearray, *, vouched: tuple[str, ...] | None = None) -> None:
         if not isinstance(secret, bytes | bytearray) or len(secret) != self.num_bytes:
             # Shows the kind and never the value: messages end up in logs.
             shown = f"{type(secret).__name__} of length {len(secret) if hasattr(secret, '__len__') else '?'}"
@@ -94,6 +109,8 @@ class SecretBytes:
                 self.kind, shown, bound=f"{self.num_bytes} bytes", remedy=f"Use {self.origin}."
             )
         self._secret: bytearray | None = bytearray(secret)
+        passed_in = f"all bits of the {self.kind}, whose bytes were passed in and not drawn"
+        self.vouched = (passed_in,) if vouched is None else vouched
 
     def export(self) -> bytes:
         """Returns the secret bytes. Whoever holds them can subtract the noise.
@@ -164,16 +181,20 @@ class SecretKey(SecretBytes):
         Raises:
             NoiseUnavailableError: If the system gives no secure entropy.
         """
-        return cls(os_entropy(KEY_BYTES))
+        return cls(os_entropy(KEY_BYTES), vouched=())
 
     @classmethod
-    def from_bytes(cls, secret: bytes) -> SecretKey:
-        """Returns the key that ``export`` wrote.
+    def from_bytes(cls, secret: bytes, *, vouched: tuple[str, ...] | None = None) -> SecretKey:
+        """Returns the key that ``export`` wrote. That its bits were random is then the caller's word.
+
+        Args:
+            secret: 32 bytes.
+            vouched: As in ``SecretBytes``: what rests on the caller's word; None for all of it.
 
         Raises:
             InvalidInputError: If ``secret`` is not 32 bytes.
         """
-        return cls(secret)
+        return cls(secret, vouched=vouched)
 
     def derive(self, purpose: str) -> SecretKey:
         """Returns the subkey for ``purpose``: keyed BLAKE2b over the purpose's UTF-8 bytes.
@@ -184,7 +205,7 @@ class SecretKey(SecretBytes):
             InvalidInputError: If ``purpose`` is not a non-empty string.
             NoiseUnavailableError: If the key was destroyed.
         """
-        return SecretKey(_derived_bytes(self.export(), purpose))
+        return SecretKey(_derived_bytes(self.export(), purpose), vouched=self.vouched)
 
 
 class TestKey:

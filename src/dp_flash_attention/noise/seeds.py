@@ -34,11 +34,14 @@ class SourceReport:
         num_bytes: Bytes that entered the seed.
         credited_bits: Bits of entropy counted for them: the least of the source's credit, what the bytes can
             carry at its claimed rate, and 256.
+        vouched: Whether the credit is the caller's word: true of everything but the library's own ``OsPool`` and
+            ``CpuInstruction``.
     """
 
     name: str
     num_bytes: int
     credited_bits: int
+    vouched: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,22 @@ class SeedReport:
     sources: tuple[SourceReport, ...]
     entropy_bits: int
 
+    @property
+    def drawn_bits(self) -> int:
+        """What is left of ``entropy_bits`` if every source that the caller vouched for is worth nothing."""
+        own = sum(source.credited_bits for source in self.sources if not source.vouched)
+        return min(8 * WIDE_KEY_BYTES, own)
+
+    @property
+    def vouched(self) -> tuple[str, ...]:
+        """What of the strength is the caller's word, one statement for each such source."""
+        return tuple(
+            f"{source.credited_bits} of the key's {self.entropy_bits} bits, from source {source.name!r}; without what the "
+            f"caller vouched for the key is worth {self.drawn_bits} bits"
+            for source in self.sources
+            if source.vouched and source.credited_bits > 0
+        )
+
 
 class WideSecretKey(SecretBytes):
     """A 512-bit secret for SHAKE256 noise. It is never shown, cannot be pickled, and can be destroyed.
@@ -63,6 +82,7 @@ class WideSecretKey(SecretBytes):
     Args:
         secret: 64 bytes.
         entropy_bits: What the secret is worth, 0 to 512; subkeys are worth the same together.
+        vouched: As in ``SecretBytes``: what of that rests on the caller's word; None for all of it.
 
     Guarantees:
         * Neighbouring relation, unit, sensitivity: none; a key knows nothing about data.
@@ -76,17 +96,23 @@ class WideSecretKey(SecretBytes):
     num_bytes = WIDE_KEY_BYTES
     origin = "draw_wide_key"
 
-    def __init__(self, secret: bytes | bytearray, *, entropy_bits: int) -> None:
-        super().__init__(secret)
+    def __init__(
+        self, secret: bytes | bytearray, *, entropy_bits: int, vouched: tuple[str, ...] | None = None
+    ) -> None:
+        super().__init__(secret, vouched=vouched)
         if isinstance(entropy_bits, bool) or not 0 <= entropy_bits <= 8 * WIDE_KEY_BYTES:
             raise InvalidInputError(
                 "entropy_bits", entropy_bits, bound="0 to 512", remedy="Take it from the seed's report."
             )
         self.entropy_bits = int(entropy_bits)
+        if vouched is None:
+            self.vouched = (
+                f"all {self.entropy_bits} bits of the wide secret key, whose bytes and figure were passed in and not drawn",
+            )
 
     @classmethod
     def from_bytes(cls, secret: bytes, *, entropy_bits: int) -> WideSecretKey:
-        """Returns the key that ``export`` wrote, with the worth that its report stated.
+        """Returns the key that ``export`` wrote, with the worth that its report stated: *assumed*, the caller's word.
 
         Raises:
             InvalidInputError: If ``secret`` is not 64 bytes, or ``entropy_bits`` is out of range.
@@ -106,7 +132,9 @@ class WideSecretKey(SecretBytes):
             )
         message = _DERIVE + self.export() + purpose.encode("utf-8")
         return WideSecretKey(
-            hashlib.shake_256(message).digest(WIDE_KEY_BYTES), entropy_bits=self.entropy_bits
+            hashlib.shake_256(message).digest(WIDE_KEY_BYTES),
+            entropy_bits=self.entropy_bits,
+            vouched=self.vouched,
         )
 
     def _state(self) -> str:
@@ -160,6 +188,8 @@ def draw_wide_key(
             name=source.name,
             num_bytes=len(samples[source.name]),
             credited_bits=_credit(source, len(samples[source.name])),
+            # A subclass can read and claim what it likes.
+            vouched=type(source) not in (OsPool, CpuInstruction),
         )
         for source in sources
     )
@@ -173,8 +203,9 @@ def draw_wide_key(
     mixed = list(samples.items())
     if not any(isinstance(source, OsPool) for source in sources):
         mixed.append(("fresh", os_entropy(WIDE_KEY_BYTES)))
-    key = WideSecretKey(extract_and_expand(mixed), entropy_bits=entropy)
-    return key, SeedReport(sources=reports, entropy_bits=entropy)
+    report = SeedReport(sources=reports, entropy_bits=entropy)
+    key = WideSecretKey(extract_and_expand(mixed), entropy_bits=entropy, vouched=report.vouched)
+    return key, report
 
 
 def extract_and_expand(samples: Sequence[tuple[str, bytes]]) -> bytes:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dp_flash_attention.quantum.amplitude_estimation_resistant import AmplitudeEstimationResistant
     from dp_flash_attention.quantum.charges import ChargeBook, ConcentratedBudget
+    from dp_flash_attention.quantum.durable_charges import DurableChargeBook
     from dp_flash_attention.quantum.interface import DeltaParts, Layer, Mechanism, Release
     from dp_flash_attention.quantum.lattice_gaussian import LatticeGaussian
     from dp_flash_attention.quantum.layered_noise import LayeredNoise
@@ -23,6 +24,7 @@ _MODULES = {
     "ChargeBook": "charges",
     "ConcentratedBudget": "charges",
     "DeltaParts": "interface",
+    "DurableChargeBook": "durable_charges",
     "LatticeGaussian": "lattice_gaussian",
     "Layer": "interface",
     "LayeredNoise": "layered_noise",
@@ -38,6 +40,7 @@ __all__ = [
     "ChargeBook",
     "ConcentratedBudget",
     "DeltaParts",
+    "DurableChargeBook",
     "LatticeGaussian",
     "Layer",
     "LayeredNoise",

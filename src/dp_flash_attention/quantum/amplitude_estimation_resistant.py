@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +10,20 @@ import numpy as np
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import (
     Guarantee,
-    NeighboringRelation,
     PrivacyBudget,
     PrivacyUnit,
     Sensitivity,
 )
 from dp_flash_attention.core.validation import non_negative_int
 from dp_flash_attention.noise import NoiseKey, SecretKey, WideSecretKey
+from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.quantum.canonical import canonical_bytes
 from dp_flash_attention.quantum.charges import ChargeBook
 from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
+    given_assumed_entropy,
     quantum_security_bits,
     searched_bits,
     secret_bits,
@@ -49,10 +48,15 @@ class AmplitudeEstimationResistant:
     at their price. The *rounded value* is in as well, in case the caller forgets to change the version: then the noise
     is independent and not shared.
 
+    The charge book remembers which queries were paid for, and a keyed digest of each answer *before* it is released. So
+    after a restart with the same key and a ``DurableChargeBook`` a repeat costs nothing and has the same bytes, and
+    whatever would be another answer to a query that was paid for is refused.
+
     Args:
         key: Secret; from ``load_memo_key`` for answers that survive a restart. A ``WideSecretKey`` carries more than 128
             bits against quantum search.
-        charges: Where each distinct query pays, before the data are looked at.
+        charges: Where each distinct query pays, before the data are looked at. A ``ConcentratedBudget`` ends with the
+            process; a ``DurableChargeBook`` does not.
         data_version: Public name of this state of the data; any change of the data needs a new one.
         epoch: Public counter.
         grid: As in ``PostQuantumGaussian``.
@@ -97,9 +101,6 @@ class AmplitudeEstimationResistant:
         self._charges = charges
         self._grid = grid
         self._unit = privacy_unit
-        self._relation: NeighboringRelation | None = None
-        self._answered: dict[bytes, bytes | None] = {}
-        self._lock = threading.Lock()
 
     def answer(
         self,
@@ -138,14 +139,12 @@ class AmplitudeEstimationResistant:
             advantage=generator_advantage(dimension, searched_bits(self._master), self._cipher),
         )
         label = self._label(query, plan, sensitivity)
-        with self._lock:
-            self._check_relation(sensitivity.neighboring_relation)
-            # Charged once, and before anything is computed: a computation that fails has still been paid for.
-            if label not in self._answered:
-                self._charges.charge(rho=plan.rho, distance=plan.distance)
-                self._answered[label] = None
+        # Paid once, and before anything is computed: a computation that fails has still been paid for.
+        self._charges.charge(
+            rho=plan.rho, distance=plan.distance, query=label, relation=sensitivity.neighboring_relation
+        )
         unpacked = unpack(compute())
-        if unpacked.vector.size != dimension or unpacked.whole is not whole:
+        if unpacked.flat.size != dimension or unpacked.whole is not whole:
             raise InvalidInputError(
                 "the computed answer",
                 "of another length or kind, not shown",
@@ -153,9 +152,9 @@ class AmplitudeEstimationResistant:
                 remedy="Declare the answer's length and kind.",
             )
         counts = round_to_grid(unpacked.vector, plan.grid)
-        commitment = self._commit(label, counts)
-        noisy = add_on_grid(counts, self._noise(label, commitment, plan), 1.0).astype(np.float64) * plan.grid
-        return self._describe(unpacked.restore(noisy), plan, sensitivity)
+        steps = add_on_grid(counts, self._noise(label, counts, plan), 1.0)
+        self._bind(label, steps)
+        return self._describe(unpacked.restore(steps.astype(np.float64) * plan.grid), plan, sensitivity)
 
     def release(
         self, value: Any, sensitivity: Sensitivity, budget: PrivacyBudget, *, query: object = None
@@ -194,37 +193,27 @@ class AmplitudeEstimationResistant:
             num_bytes=_DIGEST_BYTES,
         )
 
-    def _check_relation(self, relation: NeighboringRelation) -> None:
-        # Prices under two relations do not add up to a guarantee under either.
-        if self._relation not in (None, relation):
-            raise InvalidInputError(
-                "neighboring_relation",
-                relation.value,
-                bound=f"that of the answers before, {self._relation}",
-                remedy="Derive every sensitivity for one relation.",
+    def _bind(self, label: bytes, steps: Integers) -> None:
+        """Records a keyed digest of what is about to be released; another one than before is not released.
+
+        A query that was paid for is answered for nothing, also after a restart. That is sound only if it is the same
+        answer: changed data, or a version of the library that draws other noise, would make a second release.
+        """
+        answer = self._digest(label, steps, domain=b"dpfa.memo.answer.v1", num_bytes=_DIGEST_BYTES)
+        if not self._charges.bind(query=label, answer=answer):
+            raise NoiseReuseError(
+                f"A query gave another answer than before under data_version {self._version!r}, but one version "
+                "has one answer. Give changed data a new data_version (and make the computation deterministic); after an "
+                "upgrade that changed the noise, raise the epoch."
             )
-        self._relation = relation
 
-    def _commit(self, label: bytes, counts: Integers) -> bytes:
-        """Returns a keyed hash of label and rounded value, after comparing it with the one of an earlier answer."""
-        seen = keyed_shake256(
-            self._secret,
-            label,
-            counts.astype("<i8").tobytes(),
-            domain=b"dpfa.memo.commitment.v1",
-            num_bytes=_DIGEST_BYTES,
+    def _digest(self, label: bytes, numbers: Integers, *, domain: bytes, num_bytes: int) -> bytes:
+        return keyed_shake256(
+            self._secret, label, numbers.astype("<i8").tobytes(), domain=domain, num_bytes=num_bytes
         )
-        with self._lock:
-            before = self._answered[label]
-            if before is not None and not hmac.compare_digest(before, seen):
-                raise NoiseReuseError(
-                    f"A query gave another true answer than before under data_version {self._version!r}, but one version "
-                    "has one answer. Give changed data a new data_version (and make the computation deterministic)."
-                )
-            self._answered[label] = seen
-        return seen
 
-    def _noise(self, label: bytes, commitment: bytes, plan: GaussianPlan) -> Integers:
+    def _noise(self, label: bytes, counts: Integers, plan: GaussianPlan) -> Integers:
+        commitment = self._digest(label, counts, domain=b"dpfa.memo.commitment.v1", num_bytes=_DIGEST_BYTES)
         seed = keyed_shake256(
             self._secret,
             label,
@@ -253,20 +242,32 @@ class AmplitudeEstimationResistant:
                 privacy_unit=self._unit,
                 sensitivity=f"{plan.l2_sensitivity:g} in L2; "
                 f"{plan.grid_sensitivity * plan.grid:g} after rounding to the grid",
-                public=("query", "budget", "grid", "noise variance", "data version", "epoch"),
+                public=(
+                    "query",
+                    "budget",
+                    "grid",
+                    "noise variance",
+                    "data version",
+                    "epoch",
+                    f"numbers saturate at {plan.reach:g}, NaN counts as 0",
+                ),
                 theorem="any number of repeats is post-processing of one discrete Gaussian answer",
                 source="Canonne, Kamath & Steinke 2020; Dwork & Roth 2014, Proposition 2.1",
             ),
             quantum_security_bits=quantum_security_bits(secret_bits(self._master), self._cipher),
             certified=(
-                f"this query, asked any number of times: ({plan.epsilon:g}, {plan.delta.total:.3g})-DP",
+                f"this query, asked any number of times: ({plan.epsilon:g}, {plan.delta.total:.3g})-DP"
+                f"{given_assumed_entropy(vouched_entropy(self._master))}",
                 "distinct queries are added up in the charge book",
             ),
             estimated=(),
             assumed=(
+                self._charges.assumption,
                 "The data do not change under one data_version, and the computation is deterministic.",
-                "The sensitivity passed in holds for the answer.",
+                "The sensitivity passed in holds for the answer, between answers with NaN counted as 0.",
                 "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
-                *strength_assumptions(secret_bits(self._master), self._cipher),
+                *strength_assumptions(
+                    secret_bits(self._master), self._cipher, vouched=vouched_entropy(self._master)
+                ),
             ),
         )

@@ -59,6 +59,11 @@ class GaussianPlan:
         """σ in the value's unit, which is never below the standard deviation of the discrete Gaussian."""
         return math.sqrt(float(self.variance)) * self.grid
 
+    @property
+    def reach(self) -> float:
+        """Where numbers saturate, in the value's unit: 2^52 steps of the grid, and 2^52 for whole numbers."""
+        return MAX_MAGNITUDE * (min(1.0, self.grid) if self.whole else self.grid)
+
 
 @lru_cache(maxsize=64)
 def plan_gaussian(

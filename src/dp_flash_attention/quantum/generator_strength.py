@@ -8,6 +8,8 @@ b²/2^129 after b blocks under one key (Bellare & Rogaway 2006); SHAKE256 and Ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import positive_int
 from dp_flash_attention.noise import ExactCipher, NoiseKey, WideSecretKey
@@ -76,8 +78,14 @@ def quantum_security_bits(bits: int, cipher: ExactCipher) -> int:
     return min(bits, _CIPHER_KEY_BITS.get(cipher, _CAPACITY_BITS)) // 2
 
 
-def strength_assumptions(bits: int, cipher: ExactCipher) -> tuple[str, ...]:
-    """Returns what has to be true for ``quantum_security_bits`` to mean anything."""
+def strength_assumptions(bits: int, cipher: ExactCipher, *, vouched: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns what has to be true for ``quantum_security_bits`` to mean anything.
+
+    Args:
+        bits: Secret bits of the key.
+        cipher: What turns the key into bits.
+        vouched: What of those bits is the caller's word (``noise.entropy.vouched_entropy``); listed one by one.
+    """
     if bits == 0:
         return ("NOTHING: the noise comes from a test key, so anyone can subtract it.",)
     strength = quantum_security_bits(bits, cipher)
@@ -86,4 +94,10 @@ def strength_assumptions(bits: int, cipher: ExactCipher) -> tuple[str, ...]:
         f"2^{strength} calls.",
         f"No attack on {cipher} beats key search; an attacker runs at most 2^{GROVER_ITERATIONS_LOG2} Grover iterations "
         "in sequence (the advantage in δ); running k searches side by side divides the time by √k only.",
+        *(f"assumed, on the caller's word: {statement}." for statement in vouched),
     )
+
+
+def given_assumed_entropy(vouched: Sequence[str]) -> str:
+    """Returns what a certified statement adds where δ counts on bits that are the caller's word; nothing otherwise."""
+    return ", given the key's bits, which are assumed" if vouched else ""

@@ -4,7 +4,8 @@ Rounding to the nearest multiple of γ moves each coordinate by at most γ/2. Tw
 rounded to vectors that differ by at most ‖x − x'‖ + γ√d, and that is attained: d coordinates that all lie just below and
 just above a half move by γ each. In units of the grid the sensitivity is Δ/γ + √d.
 
-γ is a power of two, so that division and multiplication by it are exact in floating point.
+γ is a power of two, so that division and multiplication by it are exact in floating point. What is more than 2^52 steps
+large saturates there, and NaN counts as 0: each coordinate by itself, so no two values end up further apart.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import positive_finite
 from dp_flash_attention.noise.chunk_threads import ChunkThreads
-from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector
+from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector, write_bounded
 
 # Share of the sensitivity that rounding may add when nobody chose a grid: 1.6 % more noise at the most. A grid
 # half as wide costs half a layer of the sampler.
 DEFAULT_ROUNDING_SHARE = 1.0 / 64.0
 _GRID_REMEDY = "Use 2.0**-k, or leave grid at None."
 _CHUNK = 1 << 15
+_REACH = int(MAX_MAGNITUDE)
 # Relative rounding of the few operations below.
 _ROUNDING = 1e-14
 
@@ -79,53 +81,37 @@ def sensitivity_on_grid(l2_sensitivity: float, grid: float, dimension: int, *, w
 
 
 def round_to_grid(vector: Vector, grid: float) -> Integers:
-    """Returns the nearest multiples of ``grid``, halves to even, as int64 counts of it.
-
-    Raises:
-        InvalidInputError: If a coordinate is more than 2^52 grid units large.
-    """
-    check_reach(float(np.abs(vector).max()), grid)
-    return np.rint(vector / grid).astype(np.int64)
-
-
-def check_reach(largest: float, grid: float) -> None:
-    """Checks that nothing of magnitude ``largest`` is too large for the grid.
-
-    Raises:
-        InvalidInputError: If it is more than 2^52 grid units.
-    """
-    if not largest / grid <= MAX_MAGNITUDE:
-        raise InvalidInputError(
-            "value",
-            "not shown",
-            bound=f"at most 2^52 steps of the grid {grid!r} large",
-            remedy="Widen the grid.",
-        )
+    """Returns the nearest multiples of ``grid``, halves to even, as int64 counts of it, saturated at ±2^52."""
+    counts = np.empty(vector.shape, dtype=np.float64)
+    write_bounded(vector, counts, limit=MAX_MAGNITUDE, scale=1.0 / grid)
+    return np.rint(counts, out=counts).astype(np.int64)
 
 
 def add_on_grid(flat: npt.NDArray[Any], noise: Integers, grid: float) -> npt.NDArray[Any]:
-    """Returns (round(flat/grid) + noise)·grid in the dtype of ``flat``; ``noise`` is used up.
+    """Returns (round(flat/grid) + noise)·grid in the dtype of ``flat``, as ``round_to_grid`` rounds; ``noise`` is used up.
 
     Rounding to the dtype comes last. One pass over memory, in chunks that stay in the cache, on torch's number of threads.
 
     Args:
-        flat: float32, float64 or int64 [d], checked by ``check_reach``.
+        flat: float32, float64 or int64 [d].
         noise: int64 [d], at most 2^52 in magnitude.
         grid: A power of two.
     """
-    if flat.dtype == np.int64 and grid == 1.0:
-        noise += flat
-        return noise
-    out = np.empty(flat.shape, dtype=np.float64 if flat.dtype == np.int64 else flat.dtype)
+    stays_whole = flat.dtype == np.int64 and grid == 1.0
+    out = noise if stays_whole else np.empty(flat.shape, np.float64 if flat.dtype == np.int64 else flat.dtype)
 
     def write_chunk(scratch: Vector, start: int) -> None:
         part = flat[start : start + _CHUNK]
         counts, numbers = noise[start : start + _CHUNK], scratch[: len(part)]
-        np.multiply(part, 1.0 / grid, out=numbers, dtype=np.float64)
+        if stays_whole:
+            counts += np.clip(part, -_REACH, _REACH)
+            return
+        write_bounded(part, numbers, limit=MAX_MAGNITUDE, scale=1.0 / grid)
         np.rint(numbers, out=numbers)
         counts += numbers.astype(np.int64)
         np.multiply(counts, grid, out=numbers, dtype=np.float64)
-        out[start : start + _CHUNK] = numbers
+        with np.errstate(over="ignore"):  # float32 rounds to infinity, in silence
+            out[start : start + _CHUNK] = numbers
 
     threads = ChunkThreads(lambda: np.empty(_CHUNK, dtype=np.float64), chunk=_CHUNK)
     threads.run(write_chunk, len(flat), num_threads=torch.get_num_threads())

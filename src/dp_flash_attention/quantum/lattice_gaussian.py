@@ -18,10 +18,12 @@ from dp_flash_attention.accounting.lattice_gaussian import (
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
 from dp_flash_attention.noise import NoiseKey, SecretKey
+from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.quantum.exact_noise import MAX_DISTANCE
 from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
+    given_assumed_entropy,
     quantum_security_bits,
     searched_bits,
     secret_bits,
@@ -73,7 +75,7 @@ class LatticeGaussian:
         >>> hexagons.release([3.0, 4.0], moved, PrivacyBudget(epsilon=1.0, delta=1e-6))
         Traceback (most recent call last):
         ...
-        dp_flash_attention.core.errors.InvalidInputError: value is 'list', but it must be a finite float or ...
+        dp_flash_attention.core.errors.InvalidInputError: value is 'list', but it must be a float or ...
         >>> hexagons.release(np.array([3.0, 4.0]), moved, PrivacyBudget(epsilon=1.0, delta=1e-6)).value.shape
         (2,)
     """
@@ -105,8 +107,9 @@ class LatticeGaussian:
         """Returns ``value`` on the lattice, with noise; its size is a multiple of the lattice's dimension.
 
         Raises:
-            InvalidInputError: If the value does not fit the lattice or is no finite vector, the lattice is too coarse for
-                the sensitivity, or σ too small for the closeness bound. Nothing is released then.
+            InvalidInputError: If the value's size does not fit the lattice, the lattice is too coarse for the sensitivity,
+                or σ too small for the closeness bound. Nothing is released then. What the value holds never raises:
+                NaN counts as 0, and numbers saturate at ±2^464 (whole ones at ±2^52).
         """
         if self._lattice is None:
             found = self._integers.release(value, sensitivity, budget)
@@ -117,11 +120,11 @@ class LatticeGaussian:
         self, lattice: Lattice, value: Any, sensitivity: Sensitivity, budget: PrivacyBudget
     ) -> Release:
         unpacked = unpack(value)
-        copies, rest = divmod(unpacked.vector.size, lattice.dimension)
-        if rest or unpacked.vector.size > MAX_COORDINATES:
+        copies, rest = divmod(unpacked.flat.size, lattice.dimension)
+        if rest or unpacked.flat.size > MAX_COORDINATES:
             raise InvalidInputError(
                 "the value's size",
-                unpacked.vector.size,
+                unpacked.flat.size,
                 bound=f"a multiple of {lattice.dimension}, at most {MAX_COORDINATES}",
                 remedy="Pad it, or use the integers (basis=None).",
             )
@@ -158,17 +161,27 @@ class LatticeGaussian:
                 neighboring_relation=sensitivity.neighboring_relation,
                 privacy_unit=self._unit,
                 sensitivity=f"{sensitivity.l2:g} in L2; {moved:g} after rounding to the lattice",
-                public=("kind and shape of the value", "sensitivity", "budget", "basis", "noise variance"),
+                public=(
+                    "kind and shape of the value",
+                    "sensitivity",
+                    "budget",
+                    "basis",
+                    "noise variance",
+                    "numbers saturate at 2^464, whole ones at 2^52; NaN counts as 0",
+                ),
                 theorem="discrete Gaussian on a lattice; Klein's sampler within its Gram-Schmidt bound",
                 source="Canonne, Kamath & Steinke 2020; Gentry, Peikert & Vaikuntanathan 2008",
             ),
             quantum_security_bits=quantum_security_bits(secret_bits(self._key), _CIPHER),
-            certified=(f"({budget.epsilon:g}, {delta.total:.3g})-DP on the lattice",),
+            certified=(
+                f"({budget.epsilon:g}, {delta.total:.3g})-DP on the lattice"
+                f"{given_assumed_entropy(vouched_entropy(self._key))}",
+            ),
             estimated=(),
             assumed=(
-                "The sensitivity passed in holds for the value passed in.",
+                "The sensitivity passed in holds for the value passed in, between values with NaN counted as 0.",
                 "Nobody times the sampler: how long it runs depends on the noise.",
-                *strength_assumptions(secret_bits(self._key), _CIPHER),
+                *strength_assumptions(secret_bits(self._key), _CIPHER, vouched=vouched_entropy(self._key)),
             ),
         )
 

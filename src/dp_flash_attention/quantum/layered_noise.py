@@ -11,11 +11,13 @@ from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
 from dp_flash_attention.core.validation import non_negative_int, positive_int
 from dp_flash_attention.noise import NoiseKey, SecretKey
+from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.noise.skellam import skellam
 from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
+    given_assumed_entropy,
     quantum_security_bits,
     secret_bits,
     strength_assumptions,
@@ -23,7 +25,7 @@ from dp_flash_attention.quantum.generator_strength import (
 from dp_flash_attention.quantum.grid import round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.layered_plan import LayeredPlan, NoiseLaw, plan_layered
-from dp_flash_attention.quantum.values import Integers, unpack
+from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, unpack
 
 _CIPHER: Final = "aes-256-ctr"
 _KEY_BITS = 256
@@ -112,13 +114,14 @@ class LayeredNoise:
             step: Number of the release.
 
         Raises:
-            InvalidInputError: If the row has another length or is not finite.
+            InvalidInputError: If the row has another length or kind. What it holds never raises: NaN counts as 0, and
+                numbers saturate at ±2^52·γ.
         """
         unpacked = unpack(row)
-        if unpacked.vector.size != plan.dimension:
+        if unpacked.flat.size != plan.dimension:
             raise InvalidInputError(
                 "row",
-                f"{unpacked.vector.size} numbers",
+                f"{unpacked.flat.size} numbers",
                 bound=f"{plan.dimension} numbers",
                 remedy="See the plan.",
             )
@@ -151,6 +154,18 @@ class LayeredNoise:
             InvalidInputError: If fewer than h stayed, a party is unknown, or a message has another length. Nothing is
                 released then.
         """
+        stated = f"{key_bits} bits of the weakest honest party's key, as the parties state it"
+        return self._combined(messages, plan, sensitivity, key_bits=key_bits, vouched=(stated,))
+
+    def _combined(
+        self,
+        messages: Mapping[int, Integers],
+        plan: LayeredPlan,
+        sensitivity: Sensitivity,
+        *,
+        key_bits: int,
+        vouched: Sequence[str],
+    ) -> Release:
         if not all(isinstance(party, int) and 0 <= party < plan.num_parties for party in messages):
             raise InvalidInputError(
                 "messages",
@@ -173,7 +188,7 @@ class LayeredNoise:
                 )
             total += message
         return self._describe(
-            total.astype(np.float64) * plan.grid, plan, sensitivity, len(messages), key_bits
+            total.astype(np.float64) * plan.grid, plan, sensitivity, len(messages), key_bits, vouched
         )
 
     def release(
@@ -220,10 +235,22 @@ class LayeredNoise:
             )
             for party in range(self._n)
         }
-        return self.combine(messages, plan, sensitivity, key_bits=min(map(secret_bits, secrets)))
+        return self._combined(
+            messages,
+            plan,
+            sensitivity,
+            key_bits=min(map(secret_bits, secrets)),
+            vouched=tuple(dict.fromkeys(line for key in secrets for line in vouched_entropy(key))),
+        )
 
     def _describe(
-        self, value: Any, plan: LayeredPlan, sensitivity: Sensitivity, survivors: int, key_bits: int
+        self,
+        value: Any,
+        plan: LayeredPlan,
+        sensitivity: Sensitivity,
+        survivors: int,
+        key_bits: int,
+        vouched: Sequence[str],
     ) -> Release:
         h = plan.num_honest
         return Release(
@@ -246,6 +273,7 @@ class LayeredNoise:
                     "sensitivity",
                     "budget",
                     "share variance",
+                    f"numbers saturate at {MAX_MAGNITUDE * plan.grid:g}, NaN counts as 0",
                 ),
                 theorem=f"sum of at least {h} honest shares of {plan.law.replace('_', ' ')} noise",
                 source="Agarwal, Kairouz & Liu 2021; Kairouz, Liu & Steinke 2021",
@@ -253,14 +281,14 @@ class LayeredNoise:
             quantum_security_bits=quantum_security_bits(key_bits, _CIPHER),
             certified=(
                 f"({plan.budget.epsilon:g}, {plan.delta.total:.3g})-DP if at least {h} of the {survivors} survivors are "
-                "honest",
+                f"honest{given_assumed_entropy(vouched)}",
                 f"realised noise: {survivors} shares, {survivors / h:.3g} times the planned variance",
             ),
             estimated=(),
             assumed=(
                 f"At least {h} survivors drew their share as planned and keep it secret.",
                 "The sensitivity passed in holds for the sum of the rows, and a unit lies within one row.",
-                *strength_assumptions(key_bits, _CIPHER),
+                *strength_assumptions(key_bits, _CIPHER, vouched=vouched),
             ),
             layers=(
                 plan.layer(f"the server and all but {h} survivors collude", h),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -36,24 +37,50 @@ def load_memo_key(path: Path) -> SecretKey:
 
     Raises:
         FileNotFoundError: If there is none. A new key would answer old queries with new noise, so none is made.
-        InvalidInputError: If the file is foreign, cut off, altered, or readable by other users.
+        InvalidInputError: If the file is foreign, cut off, altered, a link, or readable by other users.
     """
     remedy = (
         "Restore the file from its backup; create_memo_key starts anew, at the price of every answer so far."
     )
-    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise InvalidInputError(
-            "memo key file", str(path), bound="readable by its owner alone", remedy=f"Run: chmod 600 {path}"
-        )
-    content = path.read_bytes()
+    content = _read_private(path)
     key = content[len(_MAGIC) : len(_MAGIC) + _KEY_BYTES]
     whole = len(content) == len(_MAGIC) + _KEY_BYTES + _CHECK_BYTES and content.startswith(_MAGIC)
     if not whole or not hmac.compare_digest(_check(key), content[-_CHECK_BYTES:]):
         raise InvalidInputError(
             "memo key file", str(path), bound="a memo key as create_memo_key writes it", remedy=remedy
         )
-    return SecretKey.from_bytes(key)
+    return SecretKey.from_bytes(
+        key, vouched=("all bits of the memo key, whose file create_memo_key wrote and nobody else read",)
+    )
 
 
 def _check(key: bytes) -> bytes:
     return hashlib.sha3_256(_MAGIC + key).digest()[:_CHECK_BYTES]
+
+
+def _read_private(path: Path) -> bytes:
+    """Returns the start of a regular file that only its owner may read: what is checked is the file that is read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InvalidInputError(
+            "memo key file", str(path), bound="a file and no link", remedy="Name the file itself."
+        ) from error
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise InvalidInputError(
+                "memo key file", str(path), bound="a regular file", remedy="Name the file itself."
+            )
+        if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
+            raise InvalidInputError(
+                "memo key file",
+                str(path),
+                bound="readable by its owner alone",
+                remedy=f"Run: chmod 600 {path}",
+            )
+        return os.read(descriptor, len(_MAGIC) + _KEY_BYTES + _CHECK_BYTES + 1)
+    finally:
+        os.close(descriptor)

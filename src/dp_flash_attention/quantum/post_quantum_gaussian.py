@@ -19,22 +19,25 @@ from dp_flash_attention.core.privacy import (
 )
 from dp_flash_attention.core.validation import positive_finite
 from dp_flash_attention.noise import ExactCipher, NoiseKey, SecretKey
+from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
+    given_assumed_entropy,
     quantum_security_bits,
     searched_bits,
     secret_bits,
     strength_assumptions,
     suitable_cipher,
 )
-from dp_flash_attention.quantum.grid import add_on_grid, check_reach, round_to_grid
+from dp_flash_attention.quantum.grid import add_on_grid, round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector, unpack
 
 _UNIT_ROUNDOFF = 2.0**-53
+_REACH = int(MAX_MAGNITUDE)
 
 
 class PostQuantumGaussian:
@@ -59,7 +62,10 @@ class PostQuantumGaussian:
 
     Guarantees:
         * Neighbouring relation: that of the sensitivity passed in. Privacy unit: ``privacy_unit``.
-        * Sensitivity: Δ + γ√d after rounding d coordinates to the grid (Δ for whole numbers on their own grid).
+        * Sensitivity: Δ + γ√d after rounding d coordinates to the grid (Δ for whole numbers on their own grid). Δ is
+          that of values whose NaN counts as 0; ``release_sum`` does so row by row, so there it is derived and not assumed.
+        * Every content is released, and none raises: each coordinate saturates at ±2^52·γ (whole numbers also at
+          ±2^52), which moves no two values further apart.
         * Public: kind, shape, Δ, γ, budget, clip norm, σ. Secret: the key and the value.
         * Theorem: with ideal noise (ε, δ_ideal) by ``accounting.discrete_gaussian``. Real noise is within
           N·TV of it (the sampler's certificate), and its bits within the cipher's advantage of coins; replacing
@@ -130,18 +136,14 @@ class PostQuantumGaussian:
             budget: What all terms together may cost.
 
         Raises:
-            InvalidInputError: If the value is not finite, of another kind or too large for the grid, the grid too coarse
-                for the sensitivity, or the budget out of reach. Nothing is released then.
+            InvalidInputError: If the value is of another kind or empty, the grid too coarse for the sensitivity, or the
+                budget out of reach: all public facts. Nothing is released then.
         """
         unpacked = unpack(value)
         plan = self.plan(
             dimension=unpacked.flat.size, sensitivity=sensitivity, budget=budget, whole=unpacked.whole
         )
-        flat, largest = unpacked.flat, unpacked.largest
-        if self._clip is not None:
-            flat = _projected(unpacked.vector, self._clip)
-            largest = min(largest, self._clip)
-        check_reach(largest, plan.grid)
+        flat = unpacked.flat if self._clip is None else _projected(unpacked.vector, self._clip)
         noisy = add_on_grid(flat, self._noise(plan), plan.grid)
         return self._describe(unpacked.restore(noisy), plan, sensitivity.neighboring_relation)
 
@@ -158,7 +160,8 @@ class PostQuantumGaussian:
         The sum is one of whole numbers, so no rounding of floating-point sums is left out of the guarantee.
 
         Args:
-            rows: float array or tensor [n, d], one row for each unit; n may be 0, for n is private under add/remove.
+            rows: float array or tensor [n, d], one row for each unit; n may be 0, for n is private under add/remove. In
+                each row NaN becomes 0 and infinity ±2^464 before it is clipped, so any row moves the sum by at most C.
             l2_clip_norm: C; a longer row is scaled down to it.
             budget: What all terms together may cost.
             neighboring_relation: Replace-one has twice the sensitivity of add/remove.
@@ -193,10 +196,8 @@ class PostQuantumGaussian:
         total = np.zeros(matrix.shape[1], dtype=np.int64)
         for row in matrix:
             total += round_to_grid(_projected(row, clip), plan.grid)
-            if int(np.abs(total).max()) > MAX_MAGNITUDE:
-                raise InvalidInputError(
-                    "rows", "not shown", bound="a sum below 2^52 grid steps", remedy="Widen the grid."
-                )
+            # Saturating after each row moves no two sums further apart, and nothing overflows.
+            np.clip(total, -_REACH, _REACH, out=total)
         noisy = add_on_grid(total, self._noise(plan), 1.0).astype(np.float64) * plan.grid
         # A row's kind, shape and dtype, without its numbers.
         like = (
@@ -227,13 +228,16 @@ class PostQuantumGaussian:
             guarantee=gaussian_guarantee(plan, relation, self._unit),
             quantum_security_bits=quantum_security_bits(secret_bits(self._key), self._cipher),
             certified=(
-                f"({plan.epsilon:g}, {plan.delta.total:.3g})-DP, {plan.delta.sampler:.2g} of δ for the sampler's distance",
+                f"({plan.epsilon:g}, {plan.delta.total:.3g})-DP, {plan.delta.sampler:.2g} of δ for the sampler's distance"
+                f"{given_assumed_entropy(vouched_entropy(self._key))}",
                 f"rounding {plan.dimension} coordinates to multiples of {plan.grid:g} is in the sensitivity",
             ),
             estimated=(),
             assumed=(
-                "The sensitivity passed in holds for the value passed in.",
-                *strength_assumptions(secret_bits(self._key), self._cipher),
+                "The sensitivity passed in holds for the value passed in, between values with NaN counted as 0.",
+                *strength_assumptions(
+                    secret_bits(self._key), self._cipher, vouched=vouched_entropy(self._key)
+                ),
             ),
         )
 
@@ -244,7 +248,14 @@ def gaussian_guarantee(plan: GaussianPlan, relation: NeighboringRelation, unit: 
         neighboring_relation=relation,
         privacy_unit=unit,
         sensitivity=f"{plan.l2_sensitivity:g} in L2; {plan.grid_sensitivity * plan.grid:g} after rounding to the grid",
-        public=("kind and shape of the value", "sensitivity", "budget", "grid", "noise variance"),
+        public=(
+            "kind and shape of the value",
+            "sensitivity",
+            "budget",
+            "grid",
+            "noise variance",
+            f"numbers saturate at {plan.reach:g}, NaN counts as 0",
+        ),
         theorem="discrete Gaussian mechanism; δ = δ_ideal + (1+e^ε)·(N·TV + generator advantage)",
         source="Canonne, Kamath & Steinke 2020, Theorems 7 and 14; Peikert 2010; Mironov et al. 2009",
     )

@@ -1,4 +1,10 @@
-"""Tensors, arrays and numbers as flat vectors, and back as what they were."""
+"""Tensors, arrays and numbers as flat vectors, and back as what they were.
+
+What a value *is* (kind, dtype, shape, whether it is empty) is public and may be refused. What it *holds* is private, and an
+error is something an observer sees: so every content is taken, by maps that are fixed for each coordinate. NaN counts as 0,
+and what is beyond a public bound counts as that bound. Saturation moves no two numbers further apart; NaN has no distance
+from anything, so a sensitivity is one between values with their NaN counted as 0.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +23,13 @@ Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 # Doubles hold every integer up to 2^53; one bit is left for the noise.
 MAX_MAGNITUDE = 2.0**52
-# Sums of squares of larger numbers could overflow, and a norm could not be computed.
-_LARGEST_FLOAT = 1e140
+_MAX_WHOLE = 2**52
+LARGEST_FLOAT = 2.0**464
+"""Where floats saturate before a norm is taken: the sum of squares of larger ones could overflow."""
+_LARGEST_INT64 = 2.0**63 - 2.0**10  # the largest double that fits
+_CHUNK = 1 << 15
 
-_KINDS = "a finite float or whole number, a NumPy array or a dense torch tensor of them"
+_KINDS = "a float or whole number, a NumPy array or a dense torch tensor of them"
 _NATIVE = (np.float32, np.float64, np.int64)
 
 
@@ -30,22 +39,41 @@ class Unpacked:
 
     Attributes:
         flat: Its numbers as float32, float64 or int64 [d]; every supported kind fits one of them without rounding.
-            It may share the value's memory: never write to it.
+            It may share the value's memory: never write to it. It may hold NaN and infinity.
         whole: Whether its type holds whole numbers only, a property of the type and so public.
-        largest: Largest magnitude; as private as the value.
         restore: Turns a vector of that length into the kind that came in. Whole-numbered types narrower than the result
             saturate at their ends.
     """
 
     flat: npt.NDArray[Any]
     whole: bool
-    largest: float
     restore: Callable[[npt.NDArray[Any]], Any]
 
     @property
     def vector(self) -> Vector:
-        """The numbers in double precision, exactly."""
-        return self.flat.astype(np.float64, copy=False)
+        """A copy in double precision: NaN as 0, floats saturated at ±2^464, whole numbers at ±2^52, the rest exactly."""
+        out = np.empty(self.flat.shape, dtype=np.float64)
+        for start in range(0, len(out), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            write_bounded(self.flat[part], out[part], limit=LARGEST_FLOAT)
+        return out
+
+
+def write_bounded(part: npt.NDArray[Any], out: Vector, *, limit: float, scale: float = 1.0) -> None:
+    """Writes ``part * scale`` to ``out``: NaN as 0, saturated at ±``limit``. The work is the same whatever it holds.
+
+    Args:
+        part: float32, float64 or int64 [d]. Whole numbers first saturate at ±2^52, which doubles hold exactly.
+        out: float64 [d].
+        limit: Above 0.
+        scale: A power of two.
+    """
+    numbers = torch.from_numpy(out)
+    if part.dtype == np.int64:
+        part = np.clip(part, -_MAX_WHOLE, _MAX_WHOLE)
+    with np.errstate(all="ignore"):  # a warning of an overflow would be something to see
+        np.multiply(part, scale, out=out, dtype=np.float64)
+    numbers.nan_to_num_(nan=0.0).clamp_(-limit, limit)
 
 
 def unpack(value: object) -> Unpacked:
@@ -54,8 +82,7 @@ def unpack(value: object) -> Unpacked:
     A CUDA tensor is copied to the host and its result back, 16 bytes a coordinate over the bus in all.
 
     Raises:
-        InvalidInputError: If it is of another kind, empty, not finite or too large. The message names no
-            number of the value: errors end up in logs.
+        InvalidInputError: If it is of another kind or empty. What it holds never raises.
     """
     if isinstance(value, bool):
         raise InvalidInputError("value", "bool", bound=_KINDS, remedy="Convert it first.")
@@ -64,25 +91,15 @@ def unpack(value: object) -> Unpacked:
     elif isinstance(value, np.ndarray):
         flat, restore = _from_array(value)
     elif isinstance(value, Integral):
-        if abs(int(value)) > MAX_MAGNITUDE:
-            raise _too_large()
-        flat, restore = np.array([int(value)], dtype=np.int64), lambda found: round(float(found[0]))
+        held = max(-_MAX_WHOLE, min(_MAX_WHOLE, int(value)))  # before 64 bits are too few
+        flat, restore = np.array([held], dtype=np.int64), lambda found: round(float(found[0]))
     elif isinstance(value, float | np.float32 | np.float16):
         flat, restore = np.array([float(value)]), lambda found: float(found[0])
     else:
         raise InvalidInputError("value", type(value).__name__, bound=_KINDS, remedy="Convert it first.")
     if flat.size == 0:
         raise InvalidInputError("value", "empty", bound="at least one number", remedy="Release something.")
-    low, high = torch.aminmax(torch.from_numpy(flat))  # a NaN anywhere comes out as NaN
-    largest = max(-low.item(), high.item()) if low.item() == low.item() else float("nan")
-    whole = flat.dtype == np.int64
-    if whole and largest > MAX_MAGNITUDE:
-        raise _too_large()
-    if not whole and not largest <= _LARGEST_FLOAT:
-        raise InvalidInputError(
-            "value", "not shown", bound="finite (no NaN, no infinity)", remedy="Find where it overflowed."
-        )
-    return Unpacked(flat=flat, whole=whole, largest=float(largest), restore=restore)
+    return Unpacked(flat=flat, whole=flat.dtype == np.int64, restore=restore)
 
 
 def _from_tensor(tensor: torch.Tensor) -> tuple[npt.NDArray[Any], Callable[[npt.NDArray[Any]], Any]]:
@@ -116,9 +133,9 @@ def _from_array(array: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Callable[[np
     if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
         raise InvalidInputError("value", f"array of {array.dtype}", bound=_KINDS, remedy="Convert it first.")
     whole = array.dtype.kind in "iu"
-    if array.dtype == np.uint64 and array.size and int(array.max()) > MAX_MAGNITUDE:
-        raise _too_large()  # before it wraps round
-    native = array if array.dtype in _NATIVE else array.astype(np.int64 if whole else np.float64)
+    # 64 unsigned bits saturate before they wrap round.
+    held = np.minimum(array, _MAX_WHOLE) if array.dtype == np.uint64 else array
+    native = held if held.dtype in _NATIVE else held.astype(np.int64 if whole else np.float64)
     flat = np.ascontiguousarray(native).reshape(-1)
     # torch takes neither read-only nor foreign-endian memory.
     flat = (
@@ -131,19 +148,15 @@ def _from_array(array: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Callable[[np
         if whole:
             limits = np.iinfo(array.dtype)
             result = _saturated(result, int(limits.min), int(limits.max))
-        return result.reshape(array.shape).astype(array.dtype, copy=False)
+        with np.errstate(all="ignore"):  # half floats round to infinity, in silence
+            return result.reshape(array.shape).astype(array.dtype, copy=False)
 
     return flat, restore
 
 
 def _saturated(result: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[np.int64]:
-    whole = result if result.dtype == np.int64 else np.rint(result).astype(np.int64)
-    # Nothing beyond 2^63 can come in, so 64-bit types have no ends to saturate at but 0.
-    clipped: npt.NDArray[np.int64] = np.clip(whole, max(low, -(2**63)), min(high, 2**63 - 1))
+    if result.dtype != np.int64:
+        result = np.clip(np.rint(result), -_LARGEST_INT64, _LARGEST_INT64).astype(np.int64)
+    # 64-bit types have no ends to saturate at but 0.
+    clipped: npt.NDArray[np.int64] = np.clip(result, max(low, -(2**63)), min(high, 2**63 - 1))
     return clipped
-
-
-def _too_large() -> InvalidInputError:
-    return InvalidInputError(
-        "value", "not shown", bound="at most 2^52 in magnitude", remedy="Scale it down first."
-    )

@@ -190,3 +190,38 @@ def test_two_keys_from_one_key_file_differ(tmp_path):
     first, report = draw_wide_key([file], min_entropy_bits=256)
     assert first != draw_wide_key([file], min_entropy_bits=256)[0]
     assert report.entropy_bits == first.entropy_bits == 256
+
+
+def test_what_a_caller_vouches_for_stays_the_callers_word(tmp_path):
+    path = tmp_path / "dice"
+    path.write_bytes(np.random.default_rng(3).bytes(4096))
+    path.chmod(0o600)
+
+    class MyPool(OsPool):
+        pass
+
+    for source in (token(), KeyFile(path=path, credit_bits=100), MyPool(name="mine", credit_bits=99)):
+        sources = [source] if isinstance(source, MyPool) else [OsPool(), source]
+        key, report = draw_wide_key(sources, min_entropy_bits=99)
+        assert report.drawn_bits == 256 * (len(sources) - 1)
+        (statement,) = key.derive("a").derive("b").vouched
+        assert f"{source.credit_bits} of the key's {report.entropy_bits} bits" in statement
+        assert repr(source.name) in statement
+        assert f"worth {report.drawn_bits} bits" in statement
+
+
+def test_what_the_library_drew_itself_needs_no_word_and_a_public_beacon_adds_none():
+    assert draw_wide_key([OsPool()], min_entropy_bits=256)[0].vouched == ()
+    beacon = ExternalSource(name="beacon", reader=np.random.default_rng(4).bytes, credit_bits=0)
+    key, report = draw_wide_key([OsPool(), beacon], min_entropy_bits=256)
+    assert key.vouched == report.vouched == ()
+    assert report.drawn_bits == 256
+
+
+def test_bytes_that_were_passed_in_are_the_callers_word_altogether():
+    drawn = draw_wide_key([OsPool()], min_entropy_bits=256)[0]
+    again = WideSecretKey.from_bytes(drawn.export(), entropy_bits=512)
+    for key in (again, again.derive("noise"), WideSecretKey(drawn.export(), entropy_bits=512)):
+        (statement,) = key.vouched
+        assert "all 512 bits" in statement
+        assert "passed in" in statement

@@ -58,3 +58,12 @@ def test_the_strength_is_that_of_the_security_estimate(cipher, bits):
     sources = [pool] if bits == 256 else [pool, other]
     estimate = security_estimate.noise_security(cipher, seed_bits=bits, sources=sources)
     assert quantum_security_bits(bits, cipher) == estimate.quantum.to_dict()["bits"]
+
+
+def test_bits_that_are_the_callers_word_are_listed_as_assumed():
+    lines = strength_assumptions(512, "shake256", vouched=("256 bits, from source 'token'", "more"))
+    assert lines[:-2] == strength_assumptions(512, "shake256")
+    assert lines[-2:] == (
+        "assumed, on the caller's word: 256 bits, from source 'token'.",
+        "assumed, on the caller's word: more.",
+    )

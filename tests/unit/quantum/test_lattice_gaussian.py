@@ -74,7 +74,6 @@ def test_scaled_integers_are_the_fast_path_of_the_same_mechanism():
             ),
             "1.9 times the longest",
         ),
-        (lambda: mechanism().release(np.array([math.nan, 0.0]), MOVED, BUDGET), "finite"),
     ],
 )
 def test_what_cannot_be_released_is_refused(call, said):

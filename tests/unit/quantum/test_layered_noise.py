@@ -166,3 +166,12 @@ def test_nobody_claims_a_strength_for_keys_that_others_hold():
     with pytest.raises(TypeError, match="key_bits"):
         noise.combine(messages(noise, plan, (0, 1, 2)), plan, ONE)
     assert noise.combine(messages(noise, plan, (0, 1, 2)), plan, ONE, key_bits=0).quantum_security_bits == 0
+
+
+def test_the_strength_that_parties_state_is_their_word_and_said_to_be_assumed():
+    noise = parties("skellam")
+    plan = noise.plan(dimension=D, sensitivity=ONE, budget=BUDGET)
+    found = noise.combine(messages(noise, plan, range(N)), plan, ONE, key_bits=256)
+    assert any(
+        line.startswith("assumed, on the caller's word: 256 bits of the weakest") for line in found.assumed
+    )

@@ -212,3 +212,51 @@ def test_a_sum_of_no_rows_is_released_like_any_other(rows):
     assert released.value.dtype == rows.dtype
     assert released.noise_stddev == mechanism().release_sum(np.ones((1, 5)), 1.0, BUDGET).noise_stddev
     assert float(abs(released.value).max()) > 0
+
+
+BROKEN = [np.nan, np.inf, -np.inf, 1e300]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize(
+    "make", [np.array, lambda rows: torch.tensor(rows, dtype=torch.float32)], ids=["array", "tensor"]
+)
+def test_a_broken_record_neither_raises_nor_moves_the_sum_further_than_any_other(broken, make, rng):
+    """Before, one NaN record made the release raise: an observer told the neighbours apart for sure."""
+    rows = rng.normal(0, 3, (5, 40))
+    rows[-1, ::3] = broken
+    both = [
+        PostQuantumGaussian(key=TestKey("same")).release_sum(make(data), 1.5, BUDGET)
+        for data in (rows, rows[:-1])
+    ]
+    moved = float(np.linalg.norm(np.asarray(both[0].value) - np.asarray(both[1].value)))
+    stated = float(both[0].guarantee.sensitivity.split("; ")[1].split()[0])
+    assert moved <= stated * (1 + 1e-5)
+    assert np.isfinite(np.asarray(both[0].value)).all()
+
+
+def test_a_record_whose_infinities_were_taken_after_the_clip_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(post_quantum_gaussian, "_projected", lambda vector, clip: vector)
+    rows = np.array([[1.0, 2.0], [np.inf, np.nan]])
+    both = [
+        PostQuantumGaussian(key=TestKey("same")).release_sum(data, 1.5, BUDGET) for data in (rows, rows[:1])
+    ]
+    moved = float(np.linalg.norm(both[0].value - both[1].value))
+    assert moved > float(both[0].guarantee.sensitivity.split("; ")[1].split()[0])
+
+
+@pytest.mark.parametrize("clip", [None, 2.0])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_given_value_is_released_whatever_it_holds_and_saturates_where_it_says(broken, clip):
+    value = np.array([1.0, broken, 0.5])
+    release = mechanism(l2_clip_norm=clip).release(value, ONE, BUDGET)
+    plan = mechanism(l2_clip_norm=clip).plan(dimension=3, sensitivity=ONE, budget=BUDGET)
+    end = {None: plan.reach, 2.0: 2.0}[clip]
+    wanted = 0.0 if math.isnan(broken) else math.copysign(end, broken)
+    assert release.value[1] == pytest.approx(wanted, abs=9 * release.noise_stddev)
+    assert plan.reach == 2.0**52 * plan.grid
+
+
+def test_a_sum_that_is_too_large_for_the_grid_saturates():
+    release = mechanism(grid=2.0**-42).release_sum(np.full((2048, 1), 1e30), 1.0, BUDGET)
+    assert release.value[0] == pytest.approx(2.0**52 * 2.0**-42, abs=9 * release.noise_stddev)

@@ -11,9 +11,12 @@ from dp_flash_attention.noise import (
     EntropySource,
     ExternalSource,
     OsPool,
+    SecretKey,
+    WideSecretKey,
     draw_wide_key,
 )
 from dp_flash_attention.noise.cpu_entropy import has_rdseed
+from dp_flash_attention.noise.entropy import os_entropy, vouched_entropy
 from dp_flash_attention.noise.health import (
     check_health,
     largest_proportion,
@@ -22,6 +25,7 @@ from dp_flash_attention.noise.health import (
     repetition_cutoff,
 )
 from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
+from dp_flash_attention.quantum.generator_strength import secret_bits, strength_assumptions
 
 _SAMPLE_BYTES = 1 << 14
 _DEEP_SAMPLE_BYTES = 1 << 20
@@ -41,6 +45,7 @@ def entropy_checks(*, deep: bool = False) -> list[NamedCheck]:
         *((f"source {source.name!r}", partial(source_health, source, size)) for source in sources),
         ("a stuck source is found", stuck_source),
         ("what seeds are worth", partial(seed_strength, sources)),
+        ("what a caller vouches for", vouched_strength),
     ]
 
 
@@ -90,7 +95,33 @@ def seed_strength(sources: Sequence[EntropySource]) -> Iterator[Evidence]:
         yield Evidence(
             name=f"seed from {names}",
             claim="A seed is worth what its sources are credited with, one source at most 256 bits.",
-            measured=f"{report.entropy_bits} bits; two draws {'differ' if first != second else 'ARE EQUAL'}",
+            measured=f"{report.entropy_bits} bits; two draws {'differ' if first != second else 'ARE EQUAL'}"
+            + "".join(f"; assumed, on the caller's word: {statement}" for statement in report.vouched),
             bound=f"at most {256 * len(chosen)} bits, different",
             holds=report.entropy_bits <= 256 * len(chosen) and first != second,
+        )
+
+
+def vouched_strength() -> Iterator[Evidence]:
+    """Yields whether bits that only a caller vouches for are listed as assumed, also those of subkeys."""
+    token = ExternalSource(name="token", reader=os_entropy, credit_bits=256)
+    mixed, report = draw_wide_key([OsPool(), token], min_entropy_bits=512)
+    passed_in = WideSecretKey.from_bytes(mixed.export(), entropy_bits=512)
+    for name, key, drawn in (
+        ("a source of the caller's", mixed, report.drawn_bits),
+        ("bytes that were passed in", passed_in, 0),
+        ("the pool alone", SecretKey.from_os(), 256),
+    ):
+        vouched = vouched_entropy(key.derive("subkey"))
+        bits = secret_bits(key)
+        lines = strength_assumptions(bits, "shake256", vouched=vouched)
+        found = sum(line.startswith("assumed, on the caller's word") for line in lines)
+        wanted = int(drawn < bits)
+        yield Evidence(
+            name=f"strength from {name}",
+            claim="Bits of entropy that rest on the caller's word are listed as assumed wherever a strength is stated.",
+            measured=f"{bits} bits, {drawn} of them drawn by the library; {found} statement(s) 'assumed'",
+            bound=f"{wanted} statement(s)",
+            holds=found == wanted,
+            basis="computed",
         )

@@ -45,7 +45,18 @@ def test_seeds_that_repeat_are_found(monkeypatch):
 def test_a_strength_that_one_source_cannot_have_is_found(monkeypatch):
     from types import SimpleNamespace
 
-    report = SimpleNamespace(sources=[SimpleNamespace(name="os")], entropy_bits=512)
+    report = SimpleNamespace(sources=[SimpleNamespace(name="os")], entropy_bits=512, vouched=())
     monkeypatch.setattr(entropy, "draw_wide_key", lambda *args, **kwargs: (object(), report))
     (row,) = entropy.seed_strength([OsPool()])
     assert not row.holds
+
+
+def test_seeds_of_a_callers_sources_are_shown_as_assumed():
+    token = ExternalSource(name="token", reader=os.urandom, credit_bits=128)
+    rows = list(entropy.seed_strength([OsPool(), token]))
+    assert ["assumed, on the caller's word: 128 of" in row.measured for row in rows] == [False, True]
+
+
+def test_subkeys_that_forget_whose_word_their_bits_are_fail(monkeypatch):
+    monkeypatch.setattr(entropy, "vouched_entropy", lambda key: ())
+    assert [row.holds for row in entropy.vouched_strength()] == [False, False, True]
