@@ -74,6 +74,9 @@ def train(
     compile: Annotated[
         bool, typer.Option(help="Compile the private step: slow once, faster then; needs a C++ compiler.")
     ] = False,
+    strategy: Annotated[
+        str, typer.Option(help="bookkeeping, or two_pass for less memory and more time.")
+    ] = "bookkeeping",
     out: Annotated[
         Path | None, typer.Option(help="New or empty directory; left out: the next free one under runs/.")
     ] = None,
@@ -115,6 +118,7 @@ def train(
             "microbatch_size": microbatch_size,
             "threads": threads,
             "compile": compile,
+            "strategy": strategy,
         }
         request = _request(
             epsilon=epsilon,
@@ -213,6 +217,7 @@ def _execution(task: Task, source: dict[str, Any]) -> Any:
         microbatch_size=task.defaults.microbatch_size if size is None else size,
         num_threads=source["threads"],
         compile=source.get("compile", False),
+        strategy=source.get("strategy", "bookkeeping"),
     )
 
 

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from dp_flash_attention.clipping.accumulator import ClippedGradientAccumulator, MicrobatchNorms
 from dp_flash_attention.clipping.norms import cancellation_deferred
 from dp_flash_attention.clipping.precision import full_precision
+from dp_flash_attention.clipping.random_state import RandomState
 from dp_flash_attention.core.errors import CompilationError, DPFlashAttentionError, InvalidInputError
 
 # A loss function made anew for each microbatch over other values would be traced each time, for a minute each.
@@ -119,7 +120,8 @@ class CompiledClipping:
                 lambda: loss_fn(self._model, inputs), batch_size=batch_size, weights=weights
             )
 
-        with _RandomState(device) as random_state, full_precision(device):
+        random_state = RandomState(device)
+        with full_precision(device):
             graph, is_new = self._graph_for(loss_fn, inputs, checked_B)
             random_state.rewind()
             result = _run(graph, self._state(), inputs, checked_B)
@@ -230,26 +232,6 @@ class _Step(nn.Module):
         for cancelled_B in cancelled:
             needs_eager = needs_eager | cancelled_B.any()
         return sums, sq_norms_B, losses_B, needs_eager
-
-
-class _RandomState:
-    """PyTorch's generators, to be rewound to where they stood: each path draws the same masks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __enter__(self) -> _RandomState:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return self
-
-    def rewind(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -38,6 +38,10 @@ class Tape:
         """Adds one use's contribution to a parameter's list."""
         self.contributions[parameter].append(contribution)
 
+    def has_seen(self, parameter: str) -> bool:
+        """Whether a use of the parameter was recorded."""
+        return bool(self.contributions.get(parameter))
+
     def by_example(self, values: Tensor, *, num_feature_dims: int, module: str) -> Tensor:
         """Returns ``values`` as [B, T, features...], with T = 1 where an example has one row.
 

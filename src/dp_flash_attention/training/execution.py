@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dp_flash_attention.clipping.strategies import Strategy, checked_strategy
 from dp_flash_attention.core.validation import positive_int
 
 
@@ -18,19 +19,23 @@ class ExecutionConfig:
         microbatch_size: Rows of one forward and backward pass; every microbatch has this shape.
         num_threads: Threads of PyTorch's operators; None keeps what is set.
         compile: Whether a microbatch's step becomes one graph of ``torch.compile``, see ``clipping.compiled``.
+        strategy: ``"bookkeeping"``, or ``"two_pass"`` for less memory and more time; see ``clipping``.
         checkpoint_every: Logical steps between checkpoints; the first and the last step always have one.
 
     Raises:
-        InvalidInputError: If a value is not a whole number of at least 1.
+        InvalidInputError: If a number is not a whole one of at least 1, a strategy is unknown, or two passes are to
+            be compiled into one graph.
     """
 
     microbatch_size: int = 64
     num_threads: int | None = None
     compile: bool = False
+    strategy: Strategy = "bookkeeping"
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
         positive_int("microbatch_size", self.microbatch_size, remedy="Use the largest that fits into memory.")
         positive_int("checkpoint_every", self.checkpoint_every, remedy="50 is a good start.")
+        checked_strategy(self.strategy, compile=self.compile)
         if self.num_threads is not None:
             positive_int("num_threads", self.num_threads, remedy="Use the number of cores, or None.")

@@ -346,6 +346,7 @@ class _Run:
                 "ema_decay": choices.ema_decay,
                 "microbatch_size": self._execution.microbatch_size,
                 "compile": self._execution.compile,
+                "strategy": self._execution.strategy,
                 "reasons": dict(choices.reasons),
             },
             uses_test_key=uses_test_key,

@@ -26,6 +26,7 @@ from dp_flash_attention.clipping import (
     check_examples_independent,
 )
 from dp_flash_attention.clipping.compiled import CompiledClipping
+from dp_flash_attention.clipping.strategies import Strategy, checked_strategy
 from dp_flash_attention.core.errors import (
     BudgetExhaustedError,
     InvalidInputError,
@@ -85,6 +86,7 @@ class PrivateSession:
         fallback_modules: Collection[str] = (),
         step_index: int = 0,
         compile: bool = False,
+        strategy: Strategy = "bookkeeping",
     ) -> None:
         if not isinstance(plan, PrivacyPlan):
             raise InvalidInputError(
@@ -96,7 +98,10 @@ class PrivateSession:
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self._step_index = non_negative_int("step_index", step_index, remedy="Count the finished steps.")
         self._accumulator = ClippedGradientAccumulator(
-            model, l2_clip_norm=plan.l2_clip_norm, fallback_modules=fallback_modules
+            model,
+            l2_clip_norm=plan.l2_clip_norm,
+            fallback_modules=fallback_modules,
+            strategy=checked_strategy(strategy, compile=compile),
         )
         self._compiled = CompiledClipping(self._accumulator, model) if compile else None
         assert self._accumulator.sensitivity == plan.sensitivity, "noise is scaled to what is really bounded"
@@ -349,6 +354,7 @@ def make_private(
     fallback_modules: Collection[str] = (),
     step_index: int = 0,
     compile: bool = False,
+    strategy: Strategy = "bookkeeping",
 ) -> PrivateSession:
     """Makes training of ``model`` private under ``plan``, for a training loop of your own.
 
@@ -364,6 +370,7 @@ def make_private(
         step_index: Number of steps that are done.
         compile: Whether a microbatch's step becomes one graph of ``torch.compile``: slow once, faster then. Keep
             ``loss_fn`` the same and shapes static. See ``clipping.compiled``.
+        strategy: ``"two_pass"`` takes less memory and more time; see ``ClippedGradientAccumulator``.
 
     Raises:
         InvalidInputError: If optimizer and model do not hold the same trainable parameters, or a value is
@@ -381,4 +388,5 @@ def make_private(
         fallback_modules=fallback_modules,
         step_index=step_index,
         compile=compile,
+        strategy=strategy,
     )

@@ -226,6 +226,7 @@ class PrivateTrainer:
             fallback_modules=self._fallback_modules,
             step_index=self._first_step,
             compile=self._execution.compile,
+            strategy=self._execution.strategy,
         )
         diagnostics = self._diagnostics
         if diagnostics is None:
@@ -265,6 +266,7 @@ class PrivateTrainer:
             "fallback_modules": sorted(self._fallback_modules),
             "microbatch_size": self._execution.microbatch_size,
             "compile": self._execution.compile,
+            "strategy": self._execution.strategy,
             "settings": self._settings,
             "numerics": fingerprint.numerics(next(self._model.parameters()).device, torch.get_num_threads()),
             "uses_test_key": run.settings["uses_test_key"] if run.keys is None else run.keys.uses_test_key,

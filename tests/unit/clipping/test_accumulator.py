@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dp_flash_attention.clipping import ClippedGradientAccumulator, contributions
 from dp_flash_attention.clipping.reference import clipped_sum, per_example_gradients
+from dp_flash_attention.clipping.strategies import Strategy
 from dp_flash_attention.core.errors import (
     ExampleCouplingError,
     InvalidInputError,
@@ -183,7 +184,9 @@ CASES = {
 }
 
 
-def relative_errors(case: Case, dtype: torch.dtype, *, size: int = 4) -> tuple[float, float]:
+def relative_errors(
+    case: Case, dtype: torch.dtype, *, size: int = 4, strategy: Strategy = "bookkeeping"
+) -> tuple[float, float]:
     """Returns the worst relative error of a norm, and of the clipped sum against C."""
     torch.manual_seed(3)
     model = case.build().to(dtype)
@@ -194,23 +197,30 @@ def relative_errors(case: Case, dtype: torch.dtype, *, size: int = 4) -> tuple[f
     _, norms = clipped_sum(gradients, l2_clip_norm=1.0)
     clip = float(norms.median())  # some examples are clipped and some are not
     expected, _ = clipped_sum(gradients, l2_clip_norm=clip, weights=weights)
-    accumulator = ClippedGradientAccumulator(model, l2_clip_norm=clip, fallback_modules=case.fallback)
+    accumulator = ClippedGradientAccumulator(
+        model, l2_clip_norm=clip, fallback_modules=case.fallback, strategy=strategy
+    )
+    if strategy == "two_pass":  # the first microbatch is book-kept
+        accumulator.add(lambda: model(inputs), batch_size=size, weights=weights)
+        accumulator.reset()
     result = accumulator.add(lambda: model(inputs), batch_size=size, weights=weights)
     norm_error = ((result.norms.double() - norms) / norms).abs().max()
     sum_error = torch.stack([(accumulator.sums[k] - expected[k]).abs().max() for k in expected]).max() / clip
     return float(norm_error), float(sum_error)
 
 
+@pytest.mark.parametrize("strategy", get_args(Strategy))
 @pytest.mark.parametrize("name", CASES)
-def test_float64_is_exact(name: str) -> None:
-    norm_error, sum_error = relative_errors(CASES[name], torch.float64)
+def test_float64_is_exact(name: str, strategy: Strategy) -> None:
+    norm_error, sum_error = relative_errors(CASES[name], torch.float64, strategy=strategy)
     assert norm_error < 1e-10
     assert sum_error < 1e-10
 
 
+@pytest.mark.parametrize("strategy", get_args(Strategy))
 @pytest.mark.parametrize("name", CASES)
-def test_float32_is_exact_to_rounding(name: str) -> None:
-    norm_error, sum_error = relative_errors(CASES[name], torch.float32)
+def test_float32_is_exact_to_rounding(name: str, strategy: Strategy) -> None:
+    norm_error, sum_error = relative_errors(CASES[name], torch.float32, strategy=strategy)
     assert norm_error < 1e-4
     assert sum_error < 1e-4
 
