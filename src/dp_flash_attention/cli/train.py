@@ -75,7 +75,7 @@ def train(
         bool, typer.Option(help="Compile the private step: slow once, faster then; needs a C++ compiler.")
     ] = False,
     strategy: Annotated[
-        str, typer.Option(help="bookkeeping, or two_pass for less memory and more time.")
+        str, typer.Option(help="bookkeeping, or two_pass: less memory with checkpointing, more time.")
     ] = "bookkeeping",
     out: Annotated[
         Path | None, typer.Option(help="New or empty directory; left out: the next free one under runs/.")

@@ -64,8 +64,8 @@ class ClippedGradientAccumulator:
         l2_clip_norm: C, in the unit of the gradient.
         fallback_modules: Names of modules, as in ``model.named_modules()``, to run under
             ``torch.func.vmap`` with one parameter copy for each example. Slower, exact for any module.
-        strategy: ``"bookkeeping"``, one pass that holds what all layers record; or ``"two_pass"``, which takes the
-            memory of a non-private step and about 1.7 of the time (``two_pass``). Either is exact. The first microbatch,
+        strategy: ``"bookkeeping"``, one pass that holds what all layers record; or ``"two_pass"``, which frees them
+            layer by layer, for checkpointed models, in about 1.7 of the time (``two_pass``). Either is exact. The first microbatch,
             or the start-up check, shows how often parameters are used and is book-kept.
 
     Raises:

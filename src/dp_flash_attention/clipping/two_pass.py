@@ -2,7 +2,9 @@
 
 Book-keeping holds what every layer recorded until all norms are known. Here the first pass keeps a layer's squared
 norms and frees its record at once; the second runs forward and backward again and adds each layer's weighted
-gradient the moment it is recorded. Memory is that of a non-private step, time about 1.7 of book-keeping's.
+gradient the moment it is recorded. With activation checkpointing, where records are most of what is held, that is
+near the memory of the non-private step; without, the peak is at the start of the backward pass, where no record exists
+yet, and little is gained. Time is about 1.7 of book-keeping's.
 
 **What is clipped is what is released**: both passes record by the same rules at the same parameters, with the same
 dropout masks, so the second sees the numbers whose norms the first took. Losses that differ in a single bit between
