@@ -61,6 +61,11 @@ def key_bits(key: NoiseKey) -> int:
     return 8 * len(key.export())
 
 
+def given_assumed_entropy(vouched: Sequence[str]) -> str:
+    """Returns what a certified statement adds where δ counts on bits that are the caller's word; nothing otherwise."""
+    return ", given the key's bits, which are assumed" if vouched else ""
+
+
 def secret_bits(key: NoiseKey) -> int:
     """Returns the bits of entropy the key is credited with; 0 for a test key, whose bytes anyone can compute."""
     if key.is_test_key:
@@ -96,8 +101,3 @@ def strength_assumptions(bits: int, cipher: ExactCipher, *, vouched: Sequence[st
         "in sequence (the advantage in δ); running k searches side by side divides the time by √k only.",
         *(f"assumed, on the caller's word: {statement}." for statement in vouched),
     )
-
-
-def given_assumed_entropy(vouched: Sequence[str]) -> str:
-    """Returns what a certified statement adds where δ counts on bits that are the caller's word; nothing otherwise."""
-    return ", given the key's bits, which are assumed" if vouched else ""

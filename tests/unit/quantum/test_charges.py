@@ -62,3 +62,26 @@ def test_a_forked_process_has_no_budget_of_its_own():
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     book.charge(rho=1e-4, distance=0.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_repeats_answers_and_gives_no_first_one():
+    """Its first answer and its parent's could differ, and one charge would have paid for both."""
+    book = ConcentratedBudget(PrivacyBudget(epsilon=1.0, delta=1e-6))
+    for query in (b"answered", b"charged"):
+        book.charge(rho=1e-4, distance=0.0, query=query)
+    assert book.bind(query=b"answered", answer=b"a")
+    child = os.fork()
+    if child == 0:
+        try:
+            book.charge(rho=1e-4, distance=0.0, query=b"answered")
+            assert book.bind(query=b"answered", answer=b"a")
+            assert not book.bind(query=b"answered", answer=b"b")
+            book.charge(rho=1e-4, distance=0.0, query=b"charged")
+            book.bind(query=b"charged", answer=b"c")
+        except BudgetExhaustedError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -34,6 +34,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
 
+@pytest.fixture(autouse=True)
+def _every_connection_is_closed(monkeypatch):
+    """Python 3.13 warns of those that are not."""
+    connect, made = sqlite3.connect, []
+
+    def kept(*arguments, **options):
+        made.append(connect(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", kept)
+    yield
+    for connection in made:
+        connection.close()
+
+
 @pytest.fixture
 def path(tmp_path):
     DurableChargeBook.create(tmp_path / "charges.db", key=KEY, total=TOTAL).close()

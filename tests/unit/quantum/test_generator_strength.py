@@ -30,6 +30,15 @@ def test_a_test_key_is_worth_nothing_and_says_so():
     assert quantum_security_bits(0, "shake256") == 0
 
 
+def test_bits_that_are_the_callers_word_are_listed_as_assumed():
+    lines = strength_assumptions(512, "shake256", vouched=("256 bits, from source 'token'", "more"))
+    assert lines[:-2] == strength_assumptions(512, "shake256")
+    assert lines[-2:] == (
+        "assumed, on the caller's word: 256 bits, from source 'token'.",
+        "assumed, on the caller's word: more.",
+    )
+
+
 def test_a_wide_key_is_worth_what_its_sources_gave_and_never_its_length():
     for entropy in (256, 400, 512):
         key = WideSecretKey.from_bytes(bytes(range(64)), entropy_bits=entropy)
@@ -58,12 +67,3 @@ def test_the_strength_is_that_of_the_security_estimate(cipher, bits):
     sources = [pool] if bits == 256 else [pool, other]
     estimate = security_estimate.noise_security(cipher, seed_bits=bits, sources=sources)
     assert quantum_security_bits(bits, cipher) == estimate.quantum.to_dict()["bits"]
-
-
-def test_bits_that_are_the_callers_word_are_listed_as_assumed():
-    lines = strength_assumptions(512, "shake256", vouched=("256 bits, from source 'token'", "more"))
-    assert lines[:-2] == strength_assumptions(512, "shake256")
-    assert lines[-2:] == (
-        "assumed, on the caller's word: 256 bits, from source 'token'.",
-        "assumed, on the caller's word: more.",
-    )

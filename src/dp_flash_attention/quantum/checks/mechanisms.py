@@ -45,6 +45,7 @@ def mechanisms_checks(*, deep: bool = False) -> list[NamedCheck]:
         ("δ against dp_accounting and brute force", delta_by_independent_code),
         ("rounding is in the sensitivity", rounding_is_accounted),
         ("clipping bounds the sum", clipping_bounds_the_sum),
+        ("broken records", broken_records),
         ("scale of the noise", partial(noise_scale, 200_000 * times)),
         ("memoised answers", memo),
         ("Klein's sampler", partial(klein, 2_000 * times)),
@@ -135,6 +136,32 @@ def clipping_bounds_the_sum() -> Iterator[Evidence]:
         measured=f"{moved:.6g}",
         bound=f"at most {accounted:.6g}",
         holds=moved <= accounted * (1 + 1e-9),
+        basis="computed",
+    )
+
+
+def broken_records() -> Iterator[Evidence]:
+    """Yields whether records of NaN and infinities raise, and how far the worst of them moves a sum."""
+    rows = np.zeros((4, 300))
+    rows[:3] = np.linspace(-1.0, 1.0, 300)
+
+    def release(value: npt.NDArray[np.float64]) -> Any:
+        return (
+            PostQuantumGaussian(key=TestKey("broken"), grid=2.0**-12).release_sum(value, 1.0, _BUDGET).value
+        )
+
+    without, moved = release(rows[:3]), []
+    for content in (np.nan, np.inf, -np.inf, 1e300):
+        rows[3, ::2], rows[3, 1::2] = content, -content
+        moved.append(float(np.linalg.norm(release(rows) - without)))
+    accounted = 1.0 + 2.0**-12 * math.sqrt(300)
+    yield Evidence(
+        name="PostQuantumGaussian: broken records",
+        claim="A record of NaN, infinities or huge numbers raises no error, which would show that it is there, and moves the "
+        "sum by no more than the sensitivity that is charged.",
+        measured=f"{len(moved)} released; the sum moves by {max(moved):.6g} at most",
+        bound=f"4, at most {accounted:.6g}",
+        holds=len(moved) == 4 and max(moved) <= accounted * (1 + 1e-9),
         basis="computed",
     )
 

@@ -24,9 +24,9 @@ def failing(check, *arguments):
 
 def test_every_check_holds_and_shows_something():
     results = list(run_checks(mechanisms.mechanisms_checks()))
-    assert len(results) == 7
+    assert len(results) == 8
     assert [row for result in results for row in result.rows if not row.holds] == []
-    assert sum(len(result.rows) for result in results) == 13
+    assert sum(len(result.rows) for result in results) == 14
 
 
 def test_an_accountant_that_undercharges_fails(monkeypatch):
@@ -53,6 +53,18 @@ def test_rounding_left_out_fails(monkeypatch):
 def test_no_clip_fails(monkeypatch):
     monkeypatch.setattr(post_quantum_gaussian, "_projected", lambda vector, clip: vector)
     assert failing(mechanisms.clipping_bounds_the_sum) == ["PostQuantumGaussian: clipping"]
+
+
+@pytest.mark.parametrize("broken", ["NaN passes", "an error"])
+def test_broken_records_that_pass_or_raise_fail(monkeypatch, broken):
+    def careless(vector, clip):
+        if broken == "an error" and not (abs(vector) < 1e100).all():
+            raise ValueError("the value is not finite")
+        return vector
+
+    monkeypatch.setattr(post_quantum_gaussian, "_projected", careless)
+    (result,) = run_checks([("broken records", mechanisms.broken_records)])
+    assert not result.holds
 
 
 @pytest.mark.parametrize("wrong", [0, 0.5, 0.9, 1.1])
