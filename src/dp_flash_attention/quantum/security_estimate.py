@@ -282,7 +282,7 @@ def search_probability(quantum: Bits, *, iterations_log2: float) -> float:
         quantum: What the whole search costs.
         iterations_log2: log2 of the iterations q that the attacker makes, one after the other.
     """
-    return min(1.0, 4.0 * 2.0 ** (2.0 * (iterations_log2 - quantum._log2_cost)))
+    return min(1.0, 4.0 * math.pow(2.0, 2.0 * (iterations_log2 - quantum._log2_cost)))
 
 
 def hybrid(name: str, first: SecurityEstimate, second: SecurityEstimate, *, because: str) -> SecurityEstimate:

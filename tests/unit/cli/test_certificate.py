@@ -14,13 +14,13 @@ OPTIONS = {
     "rotate": ["key", "new", "new_passphrase_file", "no_passphrase", "passphrase_file"],
     "trust": ["add", "file", "name", "revoke", "succession"],
     "sign": ["directory", "key", "passphrase_file"],
-    "verify": ["as_json", "certificate_only", "directory", "key", "trust_file"],
+    "verify": ["as_json", "certificate_only", "directory", "key", "public_extra", "trust_file"],
     "seal": ["directory", "out", "to"],
     "open": ["key", "out", "passphrase_file", "sealed"],
 }
 FLAGS = {
     "--for", "--algorithm", "--passphrase-file", "--no-passphrase", "--key", "--new-passphrase-file", "--add",
-    "--name", "--succession", "--revoke", "--trust", "--certificate-only", "--json", "--to", "--out",
+    "--name", "--succession", "--revoke", "--trust", "--certificate-only", "--json", "--to", "--out", "--public-extra",
 }  # fmt: skip
 STATEMENT = "The covered files together are (1, 1e-06)-differentially private."
 
@@ -90,13 +90,27 @@ def test_sign_and_verify(dpfa, run, alice):
 def test_verify_answers_in_json(dpfa, run, alice):
     dpfa("sign", run, "--key", alice)
     (run / "later.txt").touch()
-    code, out, _ = dpfa("verify", run, "--key", "alice.key.pub", "--json")
+    code, out, _ = dpfa("verify", run, "--key", "alice.key.pub", "--json", "--public-extra", "later.txt")
     found = json.loads(out)
     assert code == 0
     assert found["verified"] is True
     assert (found["files"], found["unsigned"]) == (["model.safetensors"], ["later.txt"])
     assert found["claim"]["epsilon"] == 1.0
-    assert "later.txt" in dpfa("verify", run, "--key", "alice.key.pub")[1]
+
+
+def test_unlisted_files_are_exit_code_one(dpfa, run, alice):
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "1").touch()
+    assert "checkpoints/1" in dpfa("sign", run, "--key", alice)[1]
+    (run / "checkpoints" / "2").touch()
+    code, out, err = dpfa("verify", run, "--key", "alice.key.pub")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "did not sign, so it may be anyone's: checkpoints/2." in err
+    code, out, err = dpfa("verify", run, "--key", "alice.key.pub", "--json")
+    assert (code, json.loads(out)) == (1, {"verified": False, "unlisted": ["checkpoints/2"]})
+    code, out, _ = dpfa("verify", run, "--key", "alice.key.pub", "--public-extra", "checkpoints")
+    assert code == 0
+    assert "Not signed, so it may be anyone's: checkpoints/2" in out
 
 
 def test_an_unsigned_altered_or_foreign_certificate_is_one_line_and_exit_code_two(dpfa, run, alice):
