@@ -1,8 +1,9 @@
 """Takes the few of NIST's ACVP vectors for ML-KEM and ML-DSA that ``dpfa verify`` carries.
 
 Source: usnistgov/ACVP-Server, gen-val/json-files, the files ``internalProjection.json`` of ML-KEM-keyGen-FIPS203,
-ML-DSA-keyGen-FIPS204 and ML-DSA-sigVer-FIPS204 (the release whose sigVer vectors are of the internal interface). A work
-of the United States' government and not subject to copyright there (17 U.S.C. 105); NIST asks to be named.
+ML-DSA-keyGen-FIPS204 and ML-DSA-sigVer-FIPS204, in the generation that kyber-py and dilithium-py carry under assets/ (its
+sigVer vectors are of the internal interface). NIST has made the files anew since, with other cases. A work of the United
+States' government and not subject to copyright there (17 U.S.C. 105); NIST asks to be named.
 
 Run this file with the folder that holds the three to write the package's copy.
 """
@@ -75,7 +76,7 @@ def main() -> None:
     signatures = groups(folder, "ML-DSA-sigVer-FIPS204")
     vectors = {
         "source": "NIST, usnistgov/ACVP-Server, gen-val/json-files: ML-KEM-keyGen-FIPS203, ML-DSA-keyGen-FIPS204, "
-        "ML-DSA-sigVer-FIPS204 (internal interface)",
+        "ML-DSA-sigVer-FIPS204 (internal interface), in the generation that kyber-py and dilithium-py carry in assets/",
         "licence": "A work of the United States' government, not subject to copyright there (17 U.S.C. 105).",
         "key_generation": {name: key_generation(group) for name, group in keys.items()},
         "verification": {name: verification(group) for name, group in signatures.items()},

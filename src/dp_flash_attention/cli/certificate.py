@@ -199,12 +199,8 @@ def verify(
     from dp_flash_attention.crypto import UnlistedFilesError, verify_certificate
 
     try:
-        found = verify_certificate(
-            directory,
-            _trusted(key, trust_file),
-            certificate_only=certificate_only,
-            public_extra=public_extra or (),
-        )
+        trusted, extra = _trusted(key, trust_file), public_extra or ()
+        found = verify_certificate(directory, trusted, certificate_only=certificate_only, public_extra=extra)
     except UnlistedFilesError as error:
         if as_json:
             typer.echo(json.dumps({"verified": False, "unlisted": list(error.names)}))
@@ -387,9 +383,15 @@ def _print_verified(found: VerifiedCertificate) -> None:
     else:
         typer.echo("As signed: certificate.json. No other file was looked at.")
     if found.unsigned:
-        typer.echo(f"Not signed, so it may be anyone's: {', '.join(found.unsigned)}")
-    typer.echo(f"It claims: {found.certificate['claim'].get('statement', found.certificate['claim'])}")
+        typer.echo(f"Not signed, so it may be anyone's: {_listed(found.unsigned)[2:]}")
+    claim = found.certificate["claim"]
+    typer.echo(f"It claims: {_printable(claim.get('statement', claim))}")
 
 
 def _listed(names: Any) -> str:
-    return "".join(f", {name}" for name in names)
+    return "".join(f", {_printable(name)}" for name in names)
+
+
+def _printable(text: object) -> str:
+    # What another machine wrote must not steer the terminal, or print a line of ours.
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))

@@ -39,7 +39,9 @@ def generator_advantage(dimension: int, bits: int, cipher: ExactCipher) -> float
         cipher: What turns the key into bits.
     """
     tiles = positive_int("dimension", dimension, remedy="Count the coordinates.") // _TILE + 1
-    key_search = search_probability(_strength(bits, cipher), iterations_log2=GROVER_ITERATIONS_LOG2)
+    key_search = (
+        search_probability(_strength(bits, cipher), iterations_log2=GROVER_ITERATIONS_LOG2) if bits else 1.0
+    )
     switching = float(tiles * _BLOCKS_PER_TILE) ** 2 * 2.0**-129 if cipher == "aes-256-ctr" else 0.0
     return key_search + switching
 

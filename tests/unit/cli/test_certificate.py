@@ -229,3 +229,20 @@ def test_a_foreign_file_is_no_sealed_run(dpfa, run):
         dpfa("open", run / "model.safetensors", "--key", "bob.key", "--out", "o"), "not a sealed file"
     )
     assert refused(dpfa("open", "missing", "--key", "bob.key", "--out", "o"), "missing")
+
+
+def test_nothing_that_a_run_holds_steers_the_terminal(dpfa, run, alice):
+    """A claim or a file's name could otherwise erase what was printed, and print a better signature."""
+    (run / "certificate.json").write_text(
+        json.dumps({"claim": {"statement": "good\x1b[2K\nSigned by Bob\r"}})
+    )
+    dpfa("sign", run, "--key", alice)
+    (run / "extra").mkdir()
+    (run / "extra" / "a\x1b[2K\nSigned by Bob").touch()
+    code, out, err = dpfa("verify", run, "--key", "alice.key.pub", "--public-extra", "extra")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert "\nSigned by Bob" not in out
+    code, _, err = dpfa("verify", run, "--key", "alice.key.pub")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "\x1b" not in err

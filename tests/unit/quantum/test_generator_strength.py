@@ -64,3 +64,8 @@ def test_there_is_one_computation_of_the_strength(monkeypatch):
 def test_an_odd_number_of_bits_is_rounded_down_in_the_figure_and_not_in_the_advantage(bits):
     assert quantum_security_bits(bits, "shake256") == min(bits, 512) // 2
     assert generator_advantage(1, bits, "shake256") == pytest.approx(4 * 2.0 ** (128 - min(bits, 512)))
+
+
+def test_a_key_without_entropy_gives_everything_away():
+    assert generator_advantage(1, 0, "shake256") == 1.0
+    assert quantum_security_bits(0, "aes-256-ctr") == 0

@@ -166,3 +166,14 @@ def test_nobody_claims_a_strength_for_keys_that_others_hold():
     with pytest.raises(TypeError, match="key_bits"):
         noise.combine(messages(noise, plan, (0, 1, 2)), plan, ONE)
     assert noise.combine(messages(noise, plan, (0, 1, 2)), plan, ONE, key_bits=0).quantum_security_bits == 0
+
+
+def test_keys_weaker_than_delta_counts_on_release_nothing():
+    """δ holds the chance of finding a key of 256 bits. With 128 it is 2^128 times as much, which no δ here covers."""
+    noise = LayeredNoise(num_parties=3, num_honest=2)
+    plan = noise.plan(dimension=4, sensitivity=ONE, budget=PrivacyBudget(epsilon=1.0, delta=1e-6))
+    sent = messages(noise, plan, (0, 1, 2))
+    for bits in (1, 128, 255):
+        with pytest.raises(InvalidInputError, match="delta counts on"):
+            noise.combine(sent, plan, ONE, key_bits=bits)
+    assert noise.combine(sent, plan, ONE, key_bits=512).quantum_security_bits == 128
