@@ -36,6 +36,8 @@ def test_a_trained_model_is_signed_sealed_opened_and_verified(dpfa, small_table,
     found = json.loads(printed)
     assert code == 0
     assert {"model.safetensors", "report.html", "run.json", "evaluation.json"} <= set(found["files"])
+    assert any(name.startswith("checkpoints/") for name in found["files"])
+    assert not any(name.startswith(("diagnostics", ".")) for name in found["files"])
     assert found["claim"] == json.loads((out / "certificate.json").read_text())["claim"]
     sealed, opened = tmp_path / "sealed", tmp_path / "opened"
     assert dpfa("certificate", "seal", out, "--to", f"{bob}.pub", "--out", sealed)[0] == 0

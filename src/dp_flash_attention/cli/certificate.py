@@ -160,7 +160,9 @@ def sign(
     key: _KeyOption,
     passphrase_file: _PassphraseOption = None,
 ) -> None:
-    """Sign a run's certificate together with the files beside it.
+    """Sign a run's certificate together with every file that is shared with it, in folders too.
+
+    Never signed: diagnostics/ and .secrets/. A link, a hidden file or a secret key in the run is an error.
 
     Example: dpfa certificate sign runs/flights-1 --key alice.key
     """
@@ -180,18 +182,30 @@ def verify(
     certificate_only: Annotated[
         bool, typer.Option("--certificate-only", help="Leave the covered files aside.")
     ] = False,
+    public_extra: Annotated[
+        list[str] | None,
+        typer.Option("--public-extra", help="File or folder that may be there unsigned; may be repeated."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check who signed a certificate, and that it and the covered files are as they were signed.
+    """Check who signed a certificate, and that the run holds the files that were signed, unaltered, and no others.
 
-    Exit code 2 and one line if it is unsigned, altered, or signed by a key that does not count. What the
+    Exit code 1 and one line if files lie there that the signature does not list and --public-extra does not allow;
+    exit code 2 if it is unsigned, altered, incomplete, or signed by a key that does not count. What the
     certificate claims is the signer's word, not something that this command computes.
 
     Example: dpfa certificate verify runs/flights-1 --key alice.key.pub
     """
-    from dp_flash_attention.crypto import verify_certificate
+    from dp_flash_attention.crypto import UnlistedFilesError, verify_certificate
 
-    found = verify_certificate(directory, _trusted(key, trust_file), certificate_only=certificate_only)
+    try:
+        trusted, extra = _trusted(key, trust_file), public_extra or ()
+        found = verify_certificate(directory, trusted, certificate_only=certificate_only, public_extra=extra)
+    except UnlistedFilesError as error:
+        if as_json:
+            typer.echo(json.dumps({"verified": False, "unlisted": list(error.names)}))
+        typer.echo(f"dpfa: error: {error}", err=True)
+        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(_as_json(found)))
     else:
@@ -369,9 +383,15 @@ def _print_verified(found: VerifiedCertificate) -> None:
     else:
         typer.echo("As signed: certificate.json. No other file was looked at.")
     if found.unsigned:
-        typer.echo(f"Not signed, so it may be anyone's: {', '.join(found.unsigned)}")
-    typer.echo(f"It claims: {found.certificate['claim'].get('statement', found.certificate['claim'])}")
+        typer.echo(f"Not signed, so it may be anyone's: {_listed(found.unsigned)[2:]}")
+    claim = found.certificate["claim"]
+    typer.echo(f"It claims: {_printable(claim.get('statement', claim))}")
 
 
 def _listed(names: Any) -> str:
-    return "".join(f", {name}" for name in names)
+    return "".join(f", {_printable(name)}" for name in names)
+
+
+def _printable(text: object) -> str:
+    # What another machine wrote must not steer the terminal, or print a line of ours.
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))

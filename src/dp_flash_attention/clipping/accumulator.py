@@ -65,8 +65,8 @@ class ClippedGradientAccumulator:
         fallback_modules: Names of modules, as in ``model.named_modules()``, to run under
             ``torch.func.vmap`` with one parameter copy for each example. Slower, exact for any module.
         strategy: ``"bookkeeping"``, one pass that holds what all layers record; or ``"two_pass"``, which frees them
-            layer by layer, for checkpointed models, in about 1.7 of the time (``two_pass``). Either is exact. The first microbatch,
-            or the start-up check, shows how often parameters are used and is book-kept.
+            layer by layer, for checkpointed models, in about 1.7 of the time (``two_pass``). Either is exact. The
+            first microbatch, or the start-up check, shows how often parameters are used and is book-kept.
 
     Raises:
         InvalidInputError: If the clip norm is not a positive finite number, or a name is unknown.

@@ -11,7 +11,12 @@ from dp_flash_attention.crypto.certificates import (
     verify_certificate,
 )
 from dp_flash_attention.crypto.channel import ChannelLimits, SecureChannel
-from dp_flash_attention.crypto.errors import AuthenticationError, ChannelError, KeyFileError
+from dp_flash_attention.crypto.errors import (
+    AuthenticationError,
+    ChannelError,
+    KeyFileError,
+    UnlistedFilesError,
+)
 from dp_flash_attention.crypto.handshake import Initiator, Responder
 from dp_flash_attention.crypto.hybrid import HybridKem, x25519_ml_kem_768, x25519_ml_kem_1024
 from dp_flash_attention.crypto.hybrid_signature import HybridSignature, ed25519_ml_dsa_65, ed25519_ml_dsa_87
@@ -48,6 +53,7 @@ __all__ = [
     "SigningKey",
     "TrustFile",
     "TrustedKey",
+    "UnlistedFilesError",
     "VerifiedCertificate",
     "VerifyingKey",
     "ed25519_ml_dsa_65",

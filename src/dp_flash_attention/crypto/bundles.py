@@ -21,12 +21,12 @@ from dp_flash_attention.crypto.certificates import (
     CERTIFICATE_FILE,
     SIGNATURE_FILE,
     certificate_digest,
-    fingerprint,
 )
 from dp_flash_attention.crypto.documents import parse, read_bytes
 from dp_flash_attention.crypto.errors import AuthenticationError
 from dp_flash_attention.crypto.keys import DecapsulationKey, EncapsulationKey
 from dp_flash_attention.crypto.sealed import seal_stream, unseal_stream
+from dp_flash_attention.crypto.shared_files import check_name, fingerprint, is_plain_file
 
 _LENGTH_BYTES = 8
 _MAX_INDEX_BYTES = 1 << 20
@@ -37,7 +37,8 @@ _FOREIGN = "what was sealed is no signed run. Ask its sender for one that dpfa c
 def seal_run(directory: Path, target: Path, recipients: Sequence[EncapsulationKey]) -> tuple[str, ...]:
     """Seals a signed run to recipients; returns the names of the files in it.
 
-    In it are the certificate, its signature and the files that the signature covers, nothing else. Each has to be what
+    In it are the certificate, its signature and the files that the signature covers, nothing else; private data are never
+    among them, whatever a signature says. Each has to be what
     was signed: a run from someone else could otherwise name a link to any file of this machine.
 
     Raises:
@@ -47,11 +48,11 @@ def seal_run(directory: Path, target: Path, recipients: Sequence[EncapsulationKe
     """
     names, signed = _signed_names(directory)
     for name in names:
-        if not (directory / name).is_file():
+        if not is_plain_file(directory, name):
             raise InvalidInputError(
                 "directory",
                 str(directory),
-                bound=f"one that holds {name}",
+                bound=f"one that holds {name}, and no link in its place",
                 remedy="Put back what was signed.",
             )
         if name != SIGNATURE_FILE and not _is_signed(directory, name, signed):
@@ -107,7 +108,8 @@ def _signed_names(directory: Path) -> tuple[list[str], dict[str, Any]]:
         raise InvalidInputError(
             "signature", str(where), bound="one that dpfa certificate sign wrote", remedy="Sign again."
         ) from error
-    _check_names(names)
+    for name in names:
+        check_name(name)
     return names, signed
 
 
@@ -155,11 +157,16 @@ def _unpack(bundle: BinaryIO, target: Path) -> tuple[str, ...]:
         length = int.from_bytes(bundle.read(_LENGTH_BYTES), "big")
         index = parse(bundle.read(min(length, _MAX_INDEX_BYTES)))
         sizes = {str(entry["name"]): int(entry["size"]) for entry in index}
-        _check_names(list(sizes))
-    except (ValueError, KeyError, TypeError) as error:
+        if len(sizes) != len(index):
+            raise ValueError("a name stands there twice")
+        for name in sizes:
+            check_name(name)
+            (target / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (target / name).touch(exist_ok=False)
+    except (ValueError, KeyError, TypeError, FileExistsError, NotADirectoryError) as error:
         raise AuthenticationError(_FOREIGN) from error
     for name, size in sizes.items():
-        with open(target / name, "xb") as file:
+        with open(target / name, "wb") as file:
             left = size
             while left > 0 and (part := bundle.read(min(left, _COPY_BYTES))):
                 file.write(part)
@@ -169,17 +176,6 @@ def _unpack(bundle: BinaryIO, target: Path) -> tuple[str, ...]:
     if bundle.read(1):
         raise AuthenticationError(_FOREIGN)
     return tuple(sizes)
-
-
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
-        if not name or not name.isprintable() or set(name) & set("\\/:") or name[0] == ".":
-            raise InvalidInputError(
-                "file name",
-                name,
-                bound="a plain, printable name that does not begin with a dot",
-                remedy="Rename it.",
-            )
 
 
 @contextmanager

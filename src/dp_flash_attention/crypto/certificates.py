@@ -1,15 +1,15 @@
 """Signed certificates: who vouches for a run's statement, and for which files.
 
 The signature lives beside the certificate, in ``certificate.json.sig``: a document (see ``documents``) that names the
-SHA-256 of the certificate's canonical form and the SHA-256 and size of every file beside it, and is signed as a
-whole. Training knows nothing of it: an unsigned certificate is as true as a signed one, only less attributable.
+SHA-256 of the certificate's canonical form and the SHA-256 and size of every shared file of the run (see
+``shared_files``), at any depth, and is signed as a whole. Training knows nothing of it: an unsigned certificate is as
+true as a signed one, only less attributable.
 """
 
 from __future__ import annotations
 
 import hashlib
-import stat
-from collections.abc import Container, Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,30 @@ from dp_flash_attention.crypto.documents import (
     to_text,
     write_document,
 )
-from dp_flash_attention.crypto.errors import AuthenticationError, KeyFileError
+from dp_flash_attention.crypto.errors import AuthenticationError, KeyFileError, UnlistedFilesError
 from dp_flash_attention.crypto.keys import SigningKey
+from dp_flash_attention.crypto.shared_files import (
+    PRIVATE_FOLDER,
+    check_name,
+    fingerprint,
+    is_among,
+    is_plain_file,
+    names_below,
+    shared_files,
+)
 from dp_flash_attention.crypto.trust import TrustedKey, TrustFile
 
 CERTIFICATE_FILE = "certificate.json"
 SIGNATURE_FILE = "certificate.json.sig"
 SIGNATURE_KIND = "dpfa-signature"
+_ITS_OWN = (CERTIFICATE_FILE, SIGNATURE_FILE)
 _CONTEXT = b"dpfa.certificate.v1"
 _CANONICALIZATION = "dpfa-canonical-json-1"
 _SIGNED_FIELDS = frozenset(
     {"algorithm", "key_id", "signed_at", "subject", "canonicalization", "certificate_sha256", "files"}
 )
 _FIELDS = _SIGNED_FIELDS | {"signature"}
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +61,8 @@ class VerifiedCertificate:
         signer: The key that signed, as the trust file knows it.
         signed_at: When, by the signer's own clock.
         files: Names of the files that are as they were signed; empty if they were not looked at.
-        unsigned: Names of files and folders beside the certificate that the signature says nothing about, folders (which
-            are never signed) with a slash; hidden ones are left out.
+        unsigned: What lies beside them and the signature says nothing about: ``diagnostics/``, which is never shared, and
+            the files that the caller allows; with ``certificate_only`` every file that is not listed.
     """
 
     certificate: dict[str, Any]
@@ -62,17 +73,17 @@ class VerifiedCertificate:
 
 
 def sign_certificate(directory: Path, key: SigningKey) -> Path:
-    """Signs the certificate of a run and the files beside it; returns the signature's path.
+    """Signs the certificate of a run and every shared file; returns the signature's path.
 
-    Covered are the regular files directly in the directory whose names do not begin with a dot. Folders are not:
-    ``diagnostics/`` is private data and ``checkpoints/`` are the run's working state.
+    Covered are all files at any depth. Not covered, and never shared, are ``diagnostics/``, ``.secrets/`` and ``.lock``.
 
     Args:
         directory: The run's directory.
         key: The signer's.
 
     Raises:
-        InvalidInputError: If there is no certificate, or a signature is there already.
+        InvalidInputError: If there is no certificate, a signature is there already, or something lies there that must not
+            be shared (see ``shared_files``).
         DependencyMissingError: If ``cryptography`` has no ML-DSA.
     """
     content = _certificate(directory)
@@ -83,7 +94,9 @@ def sign_certificate(directory: Path, key: SigningKey) -> Path:
         "subject": CERTIFICATE_FILE,
         "canonicalization": _CANONICALIZATION,
         "certificate_sha256": hashlib.sha256(canonical(content)).hexdigest(),
-        "files": {name: fingerprint(directory / name) for name in _beside(directory)},
+        "files": {
+            name: fingerprint(directory / name) for name in shared_files(directory, leave_out=_ITS_OWN)
+        },
     }
     signature = key.sign(canonical(body), context=_CONTEXT)
     target = directory / SIGNATURE_FILE
@@ -102,7 +115,11 @@ def sign_certificate(directory: Path, key: SigningKey) -> Path:
 
 
 def verify_certificate(
-    directory: Path, trust: TrustFile, *, certificate_only: bool = False
+    directory: Path,
+    trust: TrustFile,
+    *,
+    certificate_only: bool = False,
+    public_extra: Sequence[str] = (),
 ) -> VerifiedCertificate:
     """Checks a certificate against its signature.
 
@@ -110,9 +127,11 @@ def verify_certificate(
         directory: Where certificate, signature and files are.
         trust: Whose signatures count.
         certificate_only: Whether to leave the other files aside, for one who has only the certificate.
+        public_extra: Names of files or folders that may lie there although the signature does not list them.
 
     Raises:
         InvalidInputError: If there is no certificate.
+        UnlistedFilesError: If all that is signed is as it was, and other files lie beside it.
         AuthenticationError: If it is unsigned, altered or signed by a key that does not count, or if a covered
             file is missing or altered.
     """
@@ -145,12 +164,16 @@ def verify_certificate(
     if not certificate_only:
         _check_files(directory, body["files"], signer)
     covered = () if certificate_only else tuple(body["files"])
+    unlisted = tuple(name for name in names_below(directory) if name not in {*body["files"], *_ITS_OWN})
+    refused = () if certificate_only else tuple(name for name in unlisted if not is_among(name, public_extra))
+    if refused:
+        raise _unlisted(directory, refused, signer)
     return VerifiedCertificate(
         certificate=content,
         signer=signer,
         signed_at=str(body["signed_at"]),
         files=covered,
-        unsigned=_unsigned(directory, body["files"]),
+        unsigned=(*unlisted, *([f"{PRIVATE_FOLDER}/"] if (directory / PRIVATE_FOLDER).exists() else ())),
     )
 
 
@@ -175,26 +198,6 @@ def _certificate(directory: Path) -> dict[str, Any]:
     return content
 
 
-def _beside(directory: Path) -> Iterable[str]:
-    own = (CERTIFICATE_FILE, SIGNATURE_FILE)
-    return sorted(
-        path.name
-        for path in directory.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.name not in own
-    )
-
-
-def _unsigned(directory: Path, files: Container[str]) -> tuple[str, ...]:
-    names = sorted(directory.iterdir(), key=lambda path: path.name)
-    return tuple(
-        f"{path.name}/" if path.is_dir() else path.name
-        for path in names
-        if not path.name.startswith(".")
-        and path.name not in (CERTIFICATE_FILE, SIGNATURE_FILE)
-        and (path.is_dir() or path.name not in files)
-    )
-
-
 def certificate_digest(directory: Path) -> str:
     """Returns the SHA-256 of the certificate's canonical form.
 
@@ -204,18 +207,17 @@ def certificate_digest(directory: Path) -> str:
     return hashlib.sha256(canonical(_certificate(directory))).hexdigest()
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Returns what a signature says of a file: its SHA-256 and its size."""
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": size}
-
-
-def _check_files(directory: Path, files: dict[str, Any], signer: TrustedKey) -> None:
+def _check_files(directory: Path, files: Mapping[str, Any], signer: TrustedKey) -> None:
     for name, expected in files.items():
         path = directory / name
-        # The signer is trusted, yet a name that leads elsewhere is none that signing wrote.
-        if Path(name).name != name or not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+        try:
+            check_name(name)
+        except InvalidInputError as error:
+            # The signer is trusted, yet a name that leads elsewhere is none that signing wrote.
+            raise AuthenticationError(
+                f"{directory / SIGNATURE_FILE} lists what is never signed ({error}) Ask {signer.name} for another."
+            ) from error
+        if not is_plain_file(directory, name):
             raise AuthenticationError(
                 f"{path} is signed but missing. Ask {signer.name} for it, or verify the certificate alone with "
                 "--certificate-only."
@@ -224,3 +226,13 @@ def _check_files(directory: Path, files: dict[str, Any], signer: TrustedKey) -> 
             raise AuthenticationError(
                 f"{path} was altered after it was signed. Ask {signer.name} for the original."
             )
+
+
+def _unlisted(directory: Path, names: tuple[str, ...], signer: TrustedKey) -> UnlistedFilesError:
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:_MAX_SHOWN])
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return UnlistedFilesError(
+        f"{directory} holds what {signer.name} did not sign, so it may be anyone's: {shown}{more}. Remove it, or allow "
+        "it with --public-extra NAME.",
+        names=names,
+    )

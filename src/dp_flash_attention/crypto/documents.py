@@ -89,6 +89,17 @@ def read_document(data: bytes, *, kind: str, fields: frozenset[str], where: Path
     return {name: found[name] for name in fields}
 
 
+def is_document(path: Path, *, kind: str) -> bool:
+    """Returns whether a file is a document of that kind, damaged or not."""
+    with open(path, "rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    try:
+        found = parse(data) if len(data) <= _MAX_BYTES else None
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("format") == kind
+
+
 def read_bytes(path: Path) -> bytes:
     """Returns the bytes of a small file.
 

@@ -9,6 +9,19 @@ class AuthenticationError(DPFlashAttentionError, ValueError):
     """Bytes are not what the holder of the expected key made; nothing of them was used."""
 
 
+class UnlistedFilesError(AuthenticationError):
+    """Beside what was signed lie files that the signature does not list.
+
+    Args:
+        message: What to tell the user.
+        names: Names of those files.
+    """
+
+    def __init__(self, message: str, *, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
 class KeyFileError(DPFlashAttentionError, ValueError):
     """A key, trust or succession file is foreign, damaged, open to others, or does not open."""
 

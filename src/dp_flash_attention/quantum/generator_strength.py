@@ -2,7 +2,8 @@
 
 Both are statements about the *best known* attacks under stated assumptions. A key of n bits falls to Grover's search with
 q sequential iterations with probability at most 4q²/2^n (Boyer, Brassard, Høyer & Tapp 1998; Zalka 1999: no algorithm
-that only evaluates the cipher does better). AES in counter mode never repeats a block where coins would, which is worth
+that only evaluates the cipher does better). How many bits that are is ``security_estimate``'s to say: every figure
+here is read off its estimate. AES in counter mode never repeats a block where coins would, which is worth
 b²/2^129 after b blocks under one key (Bellare & Rogaway 2006); SHAKE256 and ChaCha20 have no such term.
 """
 
@@ -13,12 +14,17 @@ from collections.abc import Sequence
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import positive_int
 from dp_flash_attention.noise import ExactCipher, NoiseKey, WideSecretKey
+from dp_flash_attention.quantum.security_estimate import (
+    CIPHER_KEY_BITS,
+    Bits,
+    EntropySource,
+    noise_security,
+    search_probability,
+)
 
 # 2^64 gates in sequence are about what NIST expects of a decade on present architectures; 2^96 is more than anyone's
 # guess (call for post-quantum proposals, 2016, section 4.A.5, MAXDEPTH).
 GROVER_ITERATIONS_LOG2 = 64
-_CIPHER_KEY_BITS = {"aes-256-ctr": 256, "chacha20": 256}
-_CAPACITY_BITS = 512
 # A tile of 8,192 samples reads at most 1,216 blocks and 8,192 more in the rare event, for each of at most 50 layers.
 _TILE = 8192
 _BLOCKS_PER_TILE = 50 * (1216 + 8192)
@@ -35,8 +41,9 @@ def generator_advantage(dimension: int, bits: int, cipher: ExactCipher) -> float
         cipher: What turns the key into bits.
     """
     tiles = positive_int("dimension", dimension, remedy="Count the coordinates.") // _TILE + 1
-    searched = min(bits, _CIPHER_KEY_BITS.get(cipher, _CAPACITY_BITS))
-    key_search = min(1.0, 4.0 * 2.0 ** (2 * GROVER_ITERATIONS_LOG2 - searched))
+    key_search = (
+        search_probability(_strength(bits, cipher), iterations_log2=GROVER_ITERATIONS_LOG2) if bits else 1.0
+    )
     switching = float(tiles * _BLOCKS_PER_TILE) ** 2 * 2.0**-129 if cipher == "aes-256-ctr" else 0.0
     return key_search + switching
 
@@ -49,7 +56,7 @@ def suitable_cipher(key: NoiseKey, cipher: ExactCipher | None) -> ExactCipher:
     """
     bits = key_bits(key)
     chosen: ExactCipher = cipher or ("aes-256-ctr" if bits == 256 else "shake256")
-    if chosen != "shake256" and bits != _CIPHER_KEY_BITS.get(chosen):
+    if chosen != "shake256" and bits != CIPHER_KEY_BITS.get(chosen):
         raise InvalidInputError(
             "cipher", cipher, bound=f"'shake256' for a key of {bits} bits", remedy="Leave cipher at None."
         )
@@ -79,8 +86,9 @@ def searched_bits(key: NoiseKey) -> int:
 
 
 def quantum_security_bits(bits: int, cipher: ExactCipher) -> int:
-    """Returns min(secret bits, cipher's key or capacity)/2."""
-    return min(bits, _CIPHER_KEY_BITS.get(cipher, _CAPACITY_BITS)) // 2
+    """Returns the estimate's figure, rounded down: min(secret bits, cipher's key or capacity)/2; 0 without a secret."""
+    figure: int = _strength(bits, cipher).to_dict()["bits"] if bits else 0
+    return figure
 
 
 def strength_assumptions(bits: int, cipher: ExactCipher, *, vouched: Sequence[str] = ()) -> tuple[str, ...]:
@@ -101,3 +109,13 @@ def strength_assumptions(bits: int, cipher: ExactCipher, *, vouched: Sequence[st
         "in sequence (the advantage in δ); running k searches side by side divides the time by √k only.",
         *(f"assumed, on the caller's word: {statement}." for statement in vouched),
     )
+
+
+def _strength(bits: int, cipher: ExactCipher) -> Bits:
+    """Returns the quantum part of the security estimate of a key with ``bits`` bits of entropy."""
+    key = EntropySource(
+        name="the noise's key",
+        bits=bits,
+        assumption=f"The noise's key has {bits} bits of entropy and stays secret.",
+    )
+    return noise_security(cipher, seed_bits=CIPHER_KEY_BITS.get(cipher, bits), sources=[key]).quantum

@@ -148,11 +148,12 @@ class LayeredNoise:
             plan: The common plan.
             sensitivity: For its relation.
             key_bits: Secret bits of the weakest honest party's key, as the parties state it (256 for a ``SecretKey``); nobody
-                can check it here, so there is no default.
+                can check it here, so there is no default. 0 for public test keys: the release then says that it promises
+                nothing.
 
         Raises:
-            InvalidInputError: If fewer than h stayed, a party is unknown, or a message has another length. Nothing is
-                released then.
+            InvalidInputError: If fewer than h stayed, a party is unknown, a message has another length, or a key is weaker
+                than the plan's δ counts on. Nothing is released then.
         """
         stated = f"{key_bits} bits of the weakest honest party's key, as the parties state it"
         return self._combined(messages, plan, sensitivity, key_bits=key_bits, vouched=(stated,))
@@ -166,6 +167,15 @@ class LayeredNoise:
         key_bits: int,
         vouched: Sequence[str],
     ) -> Release:
+        bits = non_negative_int("key_bits", key_bits, remedy="Ask the parties; 256 for a SecretKey.")
+        if 0 < bits < _KEY_BITS:
+            # The plan's δ holds the chance of finding a key of that many bits; a shorter one is found far more often.
+            raise InvalidInputError(
+                "key_bits",
+                bits,
+                bound=f"at least {_KEY_BITS}, which the plan's delta counts on",
+                remedy="Let every party draw a key of its own with SecretKey.from_os().",
+            )
         if not all(isinstance(party, int) and 0 <= party < plan.num_parties for party in messages):
             raise InvalidInputError(
                 "messages",

@@ -39,3 +39,13 @@ def two_sided(false_alarm: float) -> float:
     from scipy.special import ndtri
 
     return float(-ndtri(false_alarm / 2.0))
+
+
+def mean_square_bounds(num: int, false_alarm: float) -> tuple[float, float]:
+    """Returns what the mean square of ``num`` standard normals leaves with that probability, half on either side.
+
+    By the law itself, χ²: its upper tail is heavier than the normal's, several times so where alarms are this rare.
+    """
+    from scipy.stats import chi2
+
+    return float(chi2.ppf(false_alarm / 2.0, num) / num), float(chi2.isf(false_alarm / 2.0, num) / num)

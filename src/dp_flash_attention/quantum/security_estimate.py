@@ -8,14 +8,17 @@ What is composed of several keeps the assumptions of all that decide it. The cos
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import positive_int
 
 GeneratorName = Literal["aes-256-ctr", "chacha20", "shake256", "sha3-512-counter"]
+CIPHER_KEY_BITS: Mapping[str, int] = MappingProxyType({"aes-256-ctr": 256, "chacha20": 256})
+"""Length of the key, of the generators that have one; the others take a seed of any length."""
 
 
 class Bits:
@@ -240,12 +243,12 @@ def noise_security(
         )
     if generator in ("shake256", "sha3-512-counter"):
         own = costs.sponge(generator, seed_bits=length)
-    elif generator in ("aes-256-ctr", "chacha20"):
-        if length != 256:
+    elif generator in CIPHER_KEY_BITS:
+        if length != CIPHER_KEY_BITS[generator]:
             raise InvalidInputError(
                 "seed_bits",
                 length,
-                bound=f"256, the key of {generator}",
+                bound=f"{CIPHER_KEY_BITS[generator]}, the key of {generator}",
                 remedy="Use shake256 for a longer seed.",
             )
         own = costs.aes_256() if generator == "aes-256-ctr" else costs.chacha20()
@@ -268,6 +271,18 @@ def noise_security(
         classical=weakest([guess, own.classical], because=why),
         quantum=weakest([search, own.quantum], because=why),
     )
+
+
+def search_probability(quantum: Bits, *, iterations_log2: float) -> float:
+    """Returns a bound of the probability that quantum search ends in time: 4q²/2^n, for a cost of 2^(n/2).
+
+    Source: Boyer, Brassard, Høyer & Tapp 1998; Zalka 1999.
+
+    Args:
+        quantum: What the whole search costs.
+        iterations_log2: log2 of the iterations q that the attacker makes, one after the other.
+    """
+    return min(1.0, 4.0 * math.pow(2.0, 2.0 * (iterations_log2 - quantum._log2_cost)))
 
 
 def hybrid(name: str, first: SecurityEstimate, second: SecurityEstimate, *, because: str) -> SecurityEstimate:

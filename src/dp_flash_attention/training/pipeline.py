@@ -322,8 +322,9 @@ class _Run:
         *,
         uses_test_key: bool,
     ) -> Certificate:
-        request, run = self._request, self._run
+        request, run, task = self._request, self._run, self._task
         count_release = None
+        said = task.settings if task.certified_settings is None else task.certified_settings
         if request.dataset_size is None:
             epsilon_count = self._epsilon_count()
             count_release = {
@@ -338,8 +339,8 @@ class _Run:
             holdout_prob=request.holdout_prob,
             evaluation=evaluation,
             total_epsilon=request.epsilon,
-            task={"name": self._task.name, "classes": self._task.classes, **self._task.settings},
-            public_statements=self._task.public_statements,
+            task={"name": task.name, "classes": task.classes, **said},
+            public_statements=task.public_statements,
             hyper_parameters={
                 "learning_rate": choices.learning_rate,
                 "beta2": choices.beta2,

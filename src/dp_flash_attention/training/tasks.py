@@ -57,6 +57,8 @@ class Task:
         classes: Names of the classes, in the order of the logits; empty for a language model.
         public_statements: What is taken as public about data and model; printed by the certificate.
         settings: Public JSON values that decide what the run computes; a resumed run has the same.
+        certified_settings: What the certificate says of ``settings``; None for the same. A certificate travels, so it
+            names no path of this machine.
         write_companions: Writes into a directory what else it takes to load the weights again.
         is_public_data: Whether the records themselves are published, as the built-in ones are.
     """
@@ -71,6 +73,7 @@ class Task:
     classes: tuple[str, ...]
     public_statements: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    certified_settings: Mapping[str, Any] | None = None
     write_companions: Callable[[Path], None] = lambda directory: None
     is_public_data: bool = False
 

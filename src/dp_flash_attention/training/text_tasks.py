@@ -65,13 +65,15 @@ def text_task(
     if model is not None:
         tokenizer, build_model, companions = _from_hugging_face(model, len(texts.classes))
     classes, origin = texts.classes, "the built-in bytes" if model is None else str(model)
+    settings = {"tokenizer": origin, "max_length": length, "classes": list(classes)}
     common: dict[str, Any] = {
         "dataset": TextDataset(texts, tokenizer, max_length=length),
         "build_model": build_model,
         "defaults": BUILT_IN_DEFAULTS if model is None else FINE_TUNING_DEFAULTS,
         "classes": classes,
         "public_statements": _public_statements(label, classes, length, model),
-        "settings": {"tokenizer": origin, "max_length": length, "classes": list(classes)},
+        "settings": settings,
+        "certified_settings": settings if model is None else {**settings, "tokenizer": model.resolve().name},
         "write_companions": companions,
     }
     if classes:
@@ -202,6 +204,6 @@ def _public_statements(
         statements.append(f"The classes {list(classes)} of '{label}' are public (assumed).")
     if model is not None:
         statements.append(
-            f"Model and tokenizer in {model} are public, or were made without these records (assumed)."
+            f"Model and tokenizer in {model.resolve().name} are public, or were made without these records (assumed)."
         )
     return tuple(statements)

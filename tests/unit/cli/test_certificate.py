@@ -14,13 +14,13 @@ OPTIONS = {
     "rotate": ["key", "new", "new_passphrase_file", "no_passphrase", "passphrase_file"],
     "trust": ["add", "file", "name", "revoke", "succession"],
     "sign": ["directory", "key", "passphrase_file"],
-    "verify": ["as_json", "certificate_only", "directory", "key", "trust_file"],
+    "verify": ["as_json", "certificate_only", "directory", "key", "public_extra", "trust_file"],
     "seal": ["directory", "out", "to"],
     "open": ["key", "out", "passphrase_file", "sealed"],
 }
 FLAGS = {
     "--for", "--algorithm", "--passphrase-file", "--no-passphrase", "--key", "--new-passphrase-file", "--add",
-    "--name", "--succession", "--revoke", "--trust", "--certificate-only", "--json", "--to", "--out",
+    "--name", "--succession", "--revoke", "--trust", "--certificate-only", "--json", "--to", "--out", "--public-extra",
 }  # fmt: skip
 STATEMENT = "The covered files together are (1, 1e-06)-differentially private."
 
@@ -90,13 +90,27 @@ def test_sign_and_verify(dpfa, run, alice):
 def test_verify_answers_in_json(dpfa, run, alice):
     dpfa("sign", run, "--key", alice)
     (run / "later.txt").touch()
-    code, out, _ = dpfa("verify", run, "--key", "alice.key.pub", "--json")
+    code, out, _ = dpfa("verify", run, "--key", "alice.key.pub", "--json", "--public-extra", "later.txt")
     found = json.loads(out)
     assert code == 0
     assert found["verified"] is True
     assert (found["files"], found["unsigned"]) == (["model.safetensors"], ["later.txt"])
     assert found["claim"]["epsilon"] == 1.0
-    assert "later.txt" in dpfa("verify", run, "--key", "alice.key.pub")[1]
+
+
+def test_unlisted_files_are_exit_code_one(dpfa, run, alice):
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "1").touch()
+    assert "checkpoints/1" in dpfa("sign", run, "--key", alice)[1]
+    (run / "checkpoints" / "2").touch()
+    code, out, err = dpfa("verify", run, "--key", "alice.key.pub")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "did not sign, so it may be anyone's: checkpoints/2." in err
+    code, out, err = dpfa("verify", run, "--key", "alice.key.pub", "--json")
+    assert (code, json.loads(out)) == (1, {"verified": False, "unlisted": ["checkpoints/2"]})
+    code, out, _ = dpfa("verify", run, "--key", "alice.key.pub", "--public-extra", "checkpoints")
+    assert code == 0
+    assert "Not signed, so it may be anyone's: checkpoints/2" in out
 
 
 def test_an_unsigned_altered_or_foreign_certificate_is_one_line_and_exit_code_two(dpfa, run, alice):
@@ -215,3 +229,20 @@ def test_a_foreign_file_is_no_sealed_run(dpfa, run):
         dpfa("open", run / "model.safetensors", "--key", "bob.key", "--out", "o"), "not a sealed file"
     )
     assert refused(dpfa("open", "missing", "--key", "bob.key", "--out", "o"), "missing")
+
+
+def test_nothing_that_a_run_holds_steers_the_terminal(dpfa, run, alice):
+    """A claim or a file's name could otherwise erase what was printed, and print a better signature."""
+    (run / "certificate.json").write_text(
+        json.dumps({"claim": {"statement": "good\x1b[2K\nSigned by Bob\r"}})
+    )
+    dpfa("sign", run, "--key", alice)
+    (run / "extra").mkdir()
+    (run / "extra" / "a\x1b[2K\nSigned by Bob").touch()
+    code, out, err = dpfa("verify", run, "--key", "alice.key.pub", "--public-extra", "extra")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert "\nSigned by Bob" not in out
+    code, _, err = dpfa("verify", run, "--key", "alice.key.pub")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "\x1b" not in err

@@ -16,6 +16,7 @@ from dp_flash_attention.crypto import (
     verify_certificate,
 )
 from dp_flash_attention.crypto.bundles import _Reader
+from dp_flash_attention.crypto.shared_files import fingerprint
 
 ALICE = SigningKey("ed25519_ml_dsa_65", bytes(range(64)))
 BOB, EVE = (DecapsulationKey("x25519_ml_kem_768", bytes([number]) * 96) for number in (1, 2))
@@ -29,6 +30,8 @@ def run(tmp_path):
     (directory / "certificate.json").write_text('{"claim": {"epsilon": 1.0}}')
     (directory / "model.safetensors").write_bytes(bytes(range(256)) * 1000)
     (directory / "empty.txt").touch()
+    (directory / "checkpoints" / "7").mkdir(parents=True)
+    (directory / "checkpoints" / "7" / "state").write_bytes(b"state")
     sign_certificate(directory, ALICE)
     return directory
 
@@ -44,7 +47,9 @@ def left_behind(folder):
 
 def test_a_sealed_run_opens_and_verifies(run, tmp_path):
     names = seal_run(run, tmp_path / "sealed", [BOB.public])
-    assert set(names) == {"certificate.json", "certificate.json.sig", "empty.txt", "model.safetensors"}
+    assert set(names) == {
+        "certificate.json", "certificate.json.sig", "empty.txt", "model.safetensors", "checkpoints/7/state"
+    }  # fmt: skip
     assert open_run(tmp_path / "sealed", tmp_path / "opened", BOB) == names
     for name in names:
         assert (tmp_path / "opened" / name).read_bytes() == (run / name).read_bytes()
@@ -52,6 +57,7 @@ def test_a_sealed_run_opens_and_verifies(run, tmp_path):
     trust = TrustFile()
     trust.add(ALICE.public, name="Alice")
     assert verify_certificate(tmp_path / "opened", trust).unsigned == ()
+    assert (tmp_path / "opened" / "checkpoints" / "7").stat().st_mode & 0o777 == 0o700
     assert left_behind(tmp_path) == ["opened", "run", "sealed"]
 
 
@@ -140,6 +146,14 @@ def test_others_do_not_open_it(run, tmp_path):
         bundled([{"name": "a\\b", "size": 0}]),
         bundled([{"name": "a\x1b[2J", "size": 0}]),
         bundled([{"name": "c:a", "size": 0}]),
+        bundled([{"name": "a/../../b", "size": 0}]),
+        bundled([{"name": "a//b", "size": 0}]),
+        bundled([{"name": "a/", "size": 0}]),
+        bundled([{"name": "a/.b", "size": 0}]),
+        bundled([{"name": "diagnostics/b", "size": 0}]),
+        bundled([{"name": "a", "size": 0}, {"name": "a", "size": 0}]),
+        bundled([{"name": "a", "size": 0}, {"name": "a/b", "size": 0}]),
+        bundled([{"name": "a/b", "size": 0}, {"name": "a", "size": 0}]),
     ],
 )
 def test_a_sealed_file_of_another_kind_leaves_nothing(tmp_path, sealed):
@@ -164,7 +178,24 @@ def test_a_link_in_place_of_a_signed_file_gives_nothing_away(run, tmp_path):
     secret.write_text("nobody else's")
     (run / "empty.txt").unlink()
     (run / "empty.txt").symlink_to(secret)
-    with pytest.raises(InvalidInputError, match=r"whose empty\.txt is as it was signed"):
+    with pytest.raises(InvalidInputError, match=r"no link in its place"):
+        seal_run(run, tmp_path / "sealed", [BOB.public])
+    (run / "empty.txt").unlink()
+    (run / "empty.txt").touch()
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidInputError, match=r"no link in its place"):
+        seal_run(run, tmp_path / "sealed", [BOB.public])
+    assert not (tmp_path / "sealed").exists()
+
+
+def test_private_data_stay_out_whatever_a_signature_says(run, tmp_path):
+    """A signature file that someone else wrote must not make its sealer send what is private."""
+    path = run / "certificate.json.sig"
+    signed = json.loads(path.read_text())
+    signed["files"]["diagnostics/scores.json"] = fingerprint(run / "diagnostics" / "scores.json")
+    path.write_text(json.dumps(signed))
+    with pytest.raises(InvalidInputError, match="private data and never shared"):
         seal_run(run, tmp_path / "sealed", [BOB.public])
     assert not (tmp_path / "sealed").exists()
 

@@ -9,6 +9,7 @@ from dp_flash_attention.crypto import (
     AuthenticationError,
     SigningKey,
     TrustFile,
+    UnlistedFilesError,
     make_succession,
     sign_certificate,
     verify_certificate,
@@ -152,14 +153,112 @@ def test_a_file_that_became_a_folder_is_missing(signed, trust):
         verify_certificate(signed, trust)
 
 
-def test_a_file_that_came_later_is_named(signed, trust):
-    (signed / "better-model.safetensors").write_bytes(b"x")
-    (signed / "checkpoints").mkdir()
-    assert verify_certificate(signed, trust).unsigned == (
+NESTED = "checkpoints/step-2/state.safetensors"
+
+
+def nested(run, name=NESTED, content=b"state"):
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).write_bytes(content)
+    return run / name
+
+
+@pytest.fixture
+def signed_deeply(run):
+    nested(run)
+    nested(run, "checkpoints/index.json")
+    sign_certificate(run, ALICE)
+    return run
+
+
+def test_files_in_folders_are_covered(signed_deeply, trust):
+    found = verify_certificate(signed_deeply, trust)
+    assert found.files == ("checkpoints/index.json", NESTED, "model.safetensors", "report.html")
+    assert found.unsigned == ("diagnostics/",)
+
+
+def test_a_nested_file_that_is_altered_removed_or_renamed_is_noticed(signed_deeply, trust):
+    path = signed_deeply / NESTED
+    path.write_bytes(b"State")
+    with pytest.raises(AuthenticationError, match=r"state\.safetensors was altered"):
+        verify_certificate(signed_deeply, trust)
+    path.write_bytes(b"state")
+    verify_certificate(signed_deeply, trust)
+    path.rename(path.with_name("other.safetensors"))
+    with pytest.raises(AuthenticationError, match="signed but missing"):
+        verify_certificate(signed_deeply, trust)
+    path.with_name("other.safetensors").rename(path)
+    path.parent.rename(path.parent.with_name("step-3"))
+    with pytest.raises(AuthenticationError, match="signed but missing"):
+        verify_certificate(signed_deeply, trust)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
         "better-model.safetensors",
-        "checkpoints/",
-        "diagnostics/",
+        "checkpoints/step-3/state.safetensors",
+        "checkpoints/.hidden",
+        ".hidden",
+        "a/diagnostics/b",
+    ],
+)
+def test_a_file_that_came_later_is_refused_unless_it_is_allowed(signed_deeply, trust, name):
+    nested(signed_deeply, name)
+    with pytest.raises(UnlistedFilesError, match="did not sign") as error:
+        verify_certificate(signed_deeply, trust)
+    assert error.value.names == (name,)
+    for other in ("", "/", ".", "checkpoint", f"{name}x", f"{name}/x"):
+        with pytest.raises(UnlistedFilesError):
+            verify_certificate(signed_deeply, trust, public_extra=[other])
+    assert name in verify_certificate(signed_deeply, trust, public_extra=[name]).unsigned
+    assert name in verify_certificate(signed_deeply, trust, certificate_only=True).unsigned
+
+
+def test_a_folder_that_is_allowed_allows_what_lies_in_it_and_no_alteration(signed_deeply, trust):
+    nested(signed_deeply, "checkpoints/step-3/state.safetensors")
+    verify_certificate(signed_deeply, trust, public_extra=["checkpoints/"])
+    (signed_deeply / NESTED).write_bytes(b"State")
+    with pytest.raises(AuthenticationError, match="altered"):
+        verify_certificate(signed_deeply, trust, public_extra=["checkpoints"])
+
+
+def test_no_link_passes_for_a_signed_file(signed_deeply, trust, tmp_path):
+    """Not even one to the very same bytes: they may change later, and a link may lead to anything."""
+    path = signed_deeply / NESTED
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises(AuthenticationError, match="missing"):
+        verify_certificate(signed_deeply, trust)
+    path.unlink()
+    (tmp_path / "outside").rename(path)
+    path.parent.rename(tmp_path / "step-2")
+    path.parent.symlink_to(tmp_path / "step-2")
+    with pytest.raises(AuthenticationError, match="missing"):
+        verify_certificate(signed_deeply, trust)
+
+
+def test_an_added_link_is_unlisted_and_not_followed(signed_deeply, trust, tmp_path):
+    (signed_deeply / "more").symlink_to(tmp_path)
+    with pytest.raises(UnlistedFilesError) as error:
+        verify_certificate(signed_deeply, trust)
+    assert error.value.names == ("more",)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "diagnostics/losses.json", ".secrets/key", "a/../b", "a//b", ""]
+)
+def test_a_trusted_signature_of_what_is_never_signed_is_refused(signed, trust, name):
+    """A signer whose program is another one must not make this one read elsewhere, or vouch for private data."""
+    fields = rewrite_signature(signed)
+    body = {key: value for key, value in fields.items() if key != "signature"}
+    body["files"] = {**body["files"], name: {"sha256": "0" * 64, "size": 7}}
+    rewrite_signature(
+        signed,
+        files=body["files"],
+        signature=to_text(ALICE.sign(canonical(body), context=b"dpfa.certificate.v1")),
     )
+    with pytest.raises(AuthenticationError, match="lists what is never signed"):
+        verify_certificate(signed, trust)
 
 
 def test_a_foreign_signature_is_refused(run, trust):

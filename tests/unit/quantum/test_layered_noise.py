@@ -175,3 +175,14 @@ def test_the_strength_that_parties_state_is_their_word_and_said_to_be_assumed():
     assert any(
         line.startswith("assumed, on the caller's word: 256 bits of the weakest") for line in found.assumed
     )
+
+
+def test_keys_weaker_than_delta_counts_on_release_nothing():
+    """δ holds the chance of finding a key of 256 bits. With 128 it is 2^128 times as much, which no δ here covers."""
+    noise = LayeredNoise(num_parties=3, num_honest=2)
+    plan = noise.plan(dimension=4, sensitivity=ONE, budget=PrivacyBudget(epsilon=1.0, delta=1e-6))
+    sent = messages(noise, plan, (0, 1, 2))
+    for bits in (1, 128, 255):
+        with pytest.raises(InvalidInputError, match="delta counts on"):
+            noise.combine(sent, plan, ONE, key_bits=bits)
+    assert noise.combine(sent, plan, ONE, key_bits=512).quantum_security_bits == 128

@@ -48,6 +48,11 @@ def results(path):
     return {name: (path / name).read_bytes() for name in names}
 
 
+def test_the_certificate_of_a_table_names_no_folder_of_this_machine(small_table, finished):
+    text = (finished.path / "certificate.json").read_text()
+    assert not [folder for folder in (finished.path, small_table().parent) if str(folder.parent) in text]
+
+
 def test_the_certified_parts_add_up_to_the_claim(small_table, tmp_path):
     # With a real key the count's noise (scale 50) differs each time; so many records keep it off the batch size.
     task = table_task(small_table(num_records=2000), label="kind")

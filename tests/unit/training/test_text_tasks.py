@@ -87,6 +87,12 @@ def test_a_hugging_face_model_is_trained_and_loads_again_with_its_library(gpt2, 
     assert all(torch.equal(loaded[name], value) for name, value in released.items())
     assert transformers.AutoTokenizer.from_pretrained(outcome.path)("good")["input_ids"]
     assert any("made without these records" in line for line in outcome.certificate.to_dict()["assumed"])
+    # The certificate travels: it says which model and where from, and nothing of this machine's folders.
+    text = (outcome.path / "certificate.json").read_text()
+    assert outcome.certificate.to_dict()["task"]["tokenizer"] == gpt2.name
+    assert not [folder for folder in (gpt2.parent, tmp_path, small_texts.parent) if str(folder) in text]
+    # The run's own record keeps the whole path: another model of that name does not resume it.
+    assert str(gpt2) in (outcome.path / "run.json").read_text()
 
 
 def test_the_new_head_of_a_classifier_is_the_same_every_time(gpt2, small_texts):

@@ -1,5 +1,7 @@
 """The checks hold, and each one fails when what it looks at is broken on purpose."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -137,3 +139,28 @@ def test_kleins_sampler_with_one_sigma_for_all_coordinates_fails(monkeypatch):
 
     monkeypatch.setattr(lattice_type, "klein", careless)
     assert failing(mechanisms.klein, 1500) == ["LatticeGaussian: Klein's sampler"]
+
+
+@pytest.mark.parametrize("scale", [Fraction(9, 10), Fraction(11, 10)])
+def test_kleins_sampler_whose_variance_is_a_tenth_off_fails(monkeypatch, scale):
+    """As many points as the command draws; missed at most twice in 10^5 runs."""
+    lattice_type = type(mechanisms.lattice_from_rows([[1]]))
+    klein = lattice_type.klein
+
+    def off(self, centre, variance, coins):
+        return klein(self, centre, variance * scale, coins)
+
+    monkeypatch.setattr(lattice_type, "klein", off)
+    (check,) = [check for name, check in mechanisms.mechanisms_checks() if name == "Klein's sampler"]
+    assert failing(check) == ["LatticeGaussian: Klein's sampler"]
+
+
+def test_kleins_sampler_that_correlates_its_coordinates_fails(monkeypatch):
+    """Both coordinates have the right variance; only the diagonals see it."""
+    lattice_type = type(mechanisms.lattice_from_rows([[1]]))
+    drawn = np.random.default_rng(1).normal(size=(12_000, 2)) * 8.0
+    drawn[:, 1] = 0.1 * drawn[:, 0] + np.sqrt(0.99) * drawn[:, 1]
+    rows_left = iter(drawn.tolist())
+    monkeypatch.setattr(lattice_type, "klein", lambda *arguments: next(rows_left))
+    monkeypatch.setattr(lattice_type, "point", lambda self, coefficients: coefficients)
+    assert failing(mechanisms.klein, 12_000) == ["LatticeGaussian: Klein's sampler"]
