@@ -18,7 +18,13 @@ from dp_flash_attention.attention.reference import reference_attention, referenc
 from dp_flash_attention.clipping import norms
 from dp_flash_attention.clipping.kernels import gram_norm, outer_norm
 from dp_flash_attention.core.errors import NoiseReuseError, NoiseUnavailableError
-from dp_flash_attention.noise import FastNormalGenerator, SecureNormalGenerator, TestKey, make_generator
+from dp_flash_attention.noise import (
+    DiscreteGaussianGenerator,
+    FastNormalGenerator,
+    SecureNormalGenerator,
+    TestKey,
+    make_generator,
+)
 from dp_flash_attention.noise.keystream import MAX_STEP, MAX_STREAM, TILE_NUMBERS
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +67,20 @@ def test_adding_and_another_device_s_order_change_nothing(name):
 def test_aes_is_refused_on_the_device():
     with pytest.raises(NoiseUnavailableError, match="chacha20"):
         make_generator("secure", KEY).fill_normal_(torch.empty(5, device="cuda"), step=0, stream=0)
+
+
+@pytest.mark.parametrize("stddev", [4, 24, 40, 300, 2**28])
+@pytest.mark.parametrize("size", [1, 8191, 1_000_003])
+def test_exact_noise_is_that_of_the_cpu_in_every_bit(stddev, size):
+    made = DiscreteGaussianGenerator(KEY, stddev=stddev, cipher="chacha20")
+    where = {"step": MAX_STEP, "stream": MAX_STREAM}
+    poisoned = torch.full((size + 7,), -(2**63), device="cuda")
+    made.fill_(poisoned[:size], **where)
+    assert (poisoned[size:] == -(2**63)).all()
+    want = made.fill_(torch.empty(size, dtype=torch.int64), **where)
+    assert torch.equal(poisoned[:size].cpu(), want)
+    start = torch.arange(size)
+    assert torch.equal(made.add_(start.cuda(), **where).cpu(), start + want)
 
 
 def test_a_capture_is_refused():

@@ -19,7 +19,8 @@ from triton.compiler import ASTSource
 from dp_flash_attention.attention.kernels import launch
 from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
 from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
-from dp_flash_attention.noise.kernels import transform
+from dp_flash_attention.noise.kernels import exact_writer, transform
+from dp_flash_attention.noise.kernels.discrete_gaussian import write_discrete_gaussian_kernel
 from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGRAM, write_normals_kernel
 
 # The package's names for these modules are its functions.
@@ -79,6 +80,17 @@ def noise_kernels():
                     num_warps=_NUM_WARPS,
                 ),
             )
+
+
+def exact_noise_kernels():
+    types = {"out": "*i64", "total": "i64", "hot": "*i32", "rest": "*i64", "direct": "*i32"}
+    types |= dict.fromkeys(("num_layers", "num_hot", "num_rest", "multiplier"), "i32")
+    types |= {name: KEY_TYPES[name] for name in ("stream", *(f"k{i}" for i in range(8)))}
+    for add in (False, True):
+        yield (
+            f"write_discrete_gaussian/{'add' if add else 'fill'}",
+            compiled(write_discrete_gaussian_kernel, types, {"ADD": add}, num_warps=exact_writer._NUM_WARPS),
+        )
 
 
 def attention_kernels():
@@ -175,9 +187,15 @@ def main():
         transform._anchored_lanes = lanes_without_anchor
         found = [next(noise_kernels())]
     elif sys.argv[1:] == ["--all"]:
-        found = [*noise_kernels(), *attention_kernels(), *norm_kernels(), *all_attention_kernels()]
+        found = [
+            *noise_kernels(),
+            *exact_noise_kernels(),
+            *attention_kernels(),
+            *norm_kernels(),
+            *all_attention_kernels(),
+        ]
     else:
-        found = [*noise_kernels(), *attention_kernels(), *norm_kernels()]
+        found = [*noise_kernels(), *exact_noise_kernels(), *attention_kernels(), *norm_kernels()]
     print(json.dumps(dict(found)))
 
 

@@ -16,9 +16,9 @@ from triton.runtime import driver
 
 from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, RowNorms
 from dp_flash_attention.attention.kernels import add_noise, launch
-from dp_flash_attention.noise import SecureNormalGenerator, TestKey
+from dp_flash_attention.noise import DiscreteGaussianGenerator, SecureNormalGenerator, TestKey
 from dp_flash_attention.noise.device import KernelKey
-from dp_flash_attention.noise.kernels import writer
+from dp_flash_attention.noise.kernels import exact_writer, writer
 
 KEY = TestKey("launch")
 
@@ -73,6 +73,25 @@ def noise(kernel):
     return {"variants": kernel.variants(), "types": [types[name] for name in ("k0", "k7", "stream", "step")]}
 
 
+def exact_noise(kernel):
+    words = ((2**32 - 1, 2**31, 1, 0, 16, 5, 7, 9), (1,) * 8, (0,) * 8, (16,) * 8)
+    for stddev in (4, 16, 40, 300):
+        made = DiscreteGaussianGenerator(KEY, stddev=stddev, cipher="chacha20")
+        layers = made.certificate.layers
+        tables = exact_writer.KernelTables.build(made.tables, layers.multiplier, torch.device("cpu"))
+        for key, stream in itertools.product(words, (0, 1, 2**32 - 1)):
+            exact_writer.write_discrete_gaussian(
+                torch.zeros(4096, dtype=torch.int64),
+                tables=tables,
+                key=KernelKey(cipher="chacha20", words=key, step=0),
+                stream=stream,
+                add=True,
+            )
+    types = kernel.compiled[0].src.signature
+    names = ("k0", "k7", "stream", "multiplier")
+    return {"variants": kernel.variants(), "types": [types[name] for name in names]}
+
+
 def attention(kernel, shapes, dtypes):
     generator = SecureNormalGenerator(KEY, cipher="chacha20")
     for (batch, heads, groups, queries, rows, width, value_width, masked), dtype in itertools.product(
@@ -118,7 +137,9 @@ def main():
     driver.set_active(DriverWithoutDevice())
     for module in (writer, add_noise):  # nothing runs, so nothing can agree with the CPU
         module.require_agreement = lambda *args: None
+    exact_writer.disagreement = lambda *args: None
     found = {"noise": noise(compile_only(writer, "write_normals_kernel"))}
+    found["exact noise"] = exact_noise(compile_only(exact_writer, "write_discrete_gaussian_kernel"))
     forward = compile_only(launch, "dp_attention_fwd_kernel")
     compile_only(launch, "row_factors_kernel")
     adding = compile_only(add_noise, "add_noise_kernel")

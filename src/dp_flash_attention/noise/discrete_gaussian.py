@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from numbers import Rational
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.noise.chunk_threads import ChunkThreads
+from dp_flash_attention.noise.device import KernelKey, require_triton
 from dp_flash_attention.noise.discrete_gaussian_layers import (
     DEFAULT_MAX_DISTANCE,
     Layers,
@@ -33,7 +34,10 @@ from dp_flash_attention.noise.keystream import (
 )
 from dp_flash_attention.noise.secure import CipherKeystream
 from dp_flash_attention.noise.shake import ShakeKeystream
-from dp_flash_attention.noise.targets import checked_integer_target
+from dp_flash_attention.noise.targets import checked_integer_target, checked_integer_tensor, runs_on_kernel
+
+if TYPE_CHECKING:
+    from dp_flash_attention.noise.kernels.exact_writer import KernelTables
 
 ExactCipher = Literal["aes-256-ctr", "chacha20", "shake256"]
 
@@ -108,7 +112,7 @@ class DiscreteGaussianGenerator:
         stddev: σ, positive and rational; a float is taken as the exact dyadic number it is. Give this or
             ``variance``.
         variance: σ², positive and rational.
-        cipher: ``"aes-256-ctr"`` (fastest), ``"chacha20"`` or ``"shake256"``.
+        cipher: ``"aes-256-ctr"`` (fastest on CPUs), ``"chacha20"``, the one that GPUs can run, or ``"shake256"``.
         max_distance: Largest certified total variation per sample that is accepted.
         layers: How to put wide samples together, if not as ``plan_layers`` says; instead of σ.
 
@@ -161,12 +165,23 @@ class DiscreteGaussianGenerator:
         self.cipher = cipher
         self.uses_test_key = key.is_test_key
         self._keystream = _make_keystream(key, layers, cipher)
+        self._kernel_tables: dict[torch.device, KernelTables] = {}
         tables, largest = self.tables, self.certificate.largest
         chunk_tiles = min(_MAX_CHUNK_TILES, MAX_READ_BYTES // (len(tables) * TILE_BYTES))
         self._chunk = chunk_tiles * TILE
         self._threads = ChunkThreads(
             lambda: _Worker(tables, layers.multiplier, largest, chunk_tiles), chunk=self._chunk
         )
+
+    def kernel_key(self, step: int) -> KernelKey:
+        """Returns what a GPU kernel needs to make this generator's integers at ``step``.
+
+        Raises:
+            InvalidInputError: If ``step`` is out of range.
+            NoiseUnavailableError: If no kernel makes them: only ChaCha20 has one.
+        """
+        step, _ = checked_position(step, 0)
+        return self._keystream.kernel_key(step)
 
     @property
     def variance(self) -> Fraction:
@@ -180,13 +195,17 @@ class DiscreteGaussianGenerator:
         tensor starts with the numbers of a shorter one.
 
         Args:
-            out: CPU tensor, int64, any shape and strides without overlap.
+            out: int64, any shape and strides without overlap on the CPU; contiguous on a CUDA device, where the
+                integers are the same.
             step: Logical step, 0 to 2^63 - 1. A pair (step, stream) is for one release only.
             stream: Number of the tensor within the step, 0 to 2^32 - 1.
 
         Raises:
             InvalidInputError: If an argument is out of range, or ``out`` is not int64 or has overlapping memory.
-            NoiseUnavailableError: If ``out`` is not on the CPU.
+            NoiseUnavailableError: If ``out`` is on a CUDA device and the cipher is not ``"chacha20"``, or on another
+                device.
+            DependencyMissingError: If ``out`` is on a CUDA device and triton is missing.
+            NoiseReuseError: If a CUDA graph is being captured.
         """
         return self._write(out, step, stream, add=False)
 
@@ -198,6 +217,8 @@ class DiscreteGaussianGenerator:
         return self._write(out, step, stream, add=True)
 
     def _write(self, out: Tensor, step: int, stream: int, *, add: bool) -> Tensor:
+        if runs_on_kernel(out):
+            return self._launch(out, step, stream, add=add)
         target = checked_integer_target(out)
         step, stream = checked_position(step, stream)
         total, contiguous = out.numel(), out.is_contiguous()
@@ -215,6 +236,22 @@ class DiscreteGaussianGenerator:
         if total:
             self._threads.run(write_chunk, total, num_threads=torch.get_num_threads() if contiguous else 1)
             # NumPy wrote behind autograd's back.
+            torch.autograd.graph.increment_version(out)
+        return out
+
+    def _launch(self, out: Tensor, step: int, stream: int, *, add: bool) -> Tensor:
+        out = checked_integer_tensor(out)
+        step, stream = checked_position(step, stream)
+        key = self.kernel_key(step)
+        require_triton(f"Exact noise on device {str(out.device)!r}")
+        from dp_flash_attention.noise.kernels.exact_writer import KernelTables, write_discrete_gaussian
+
+        tables = self._kernel_tables.get(out.device)
+        if tables is None:
+            tables = KernelTables.build(self.tables, self.certificate.layers.multiplier, out.device)
+            self._kernel_tables[out.device] = tables
+        if out.numel():
+            write_discrete_gaussian(out, tables=tables, key=key, stream=stream, add=add)
             torch.autograd.graph.increment_version(out)
         return out
 

@@ -59,21 +59,29 @@ def checked_tensor(out: object) -> Tensor:
     )
 
 
+def checked_integer_tensor(out: object) -> Tensor:
+    """Returns ``out`` if exact noise can be written to it.
+
+    Raises:
+        InvalidInputError: If ``out`` is not a dense int64 tensor without overlap.
+        NoiseUnavailableError: If ``out`` is neither on the CPU nor on a CUDA device.
+    """
+    return _checked_target(
+        out,
+        (torch.int64,),
+        bound="int64 (exact noise is made of integers)",
+        remedy="Round the values to a public grid and pass their integer coordinates.",
+    )
+
+
 def checked_integer_target(out: object) -> npt.NDArray[Any]:
     """Returns ``out``'s memory as an array.
 
     Raises:
-        InvalidInputError: If ``out`` is not a dense int64 tensor without overlap.
+        InvalidInputError: As ``checked_integer_tensor``.
         NoiseUnavailableError: If ``out`` is not on the CPU.
     """
-    return _array_of(
-        _checked_target(
-            out,
-            (torch.int64,),
-            bound="int64 (exact noise is made of integers)",
-            remedy="Round the values to a public grid and pass their integer coordinates.",
-        )
-    )
+    return _array_of(checked_integer_tensor(out))
 
 
 def _checked_target(out: object, dtypes: tuple[torch.dtype, ...], *, bound: str, remedy: str) -> Tensor:

@@ -74,6 +74,7 @@ def plan_gaussian(
     budget: PrivacyBudget,
     grid: float | None,
     advantage: float,
+    layered: bool = False,
 ) -> GaussianPlan:
     """Returns the plan with the least noise that meets the budget, all terms together.
 
@@ -84,6 +85,7 @@ def plan_gaussian(
         budget: (ε, δ) for ideal noise, sampler and generator together.
         grid: γ, a power of two; None for the default.
         advantage: Bound of what an observer gains from the bits being pseudo-random.
+        layered: Whether the noise will be made of layers whatever its width, as the kernel makes it.
 
     Raises:
         InvalidInputError: If the grid is too coarse or too fine, or no noise can meet the budget.
@@ -111,7 +113,7 @@ def plan_gaussian(
         raise InvalidInputError(
             "grid", gamma, bound="wide enough that noise fits 2^52 steps", remedy="Use a wider grid."
         )
-    noise = noise_for(variance)
+    noise = noise_for(variance, layered=layered)
     assert noise.largest <= MAX_MAGNITUDE, "tables end below 18 σ"
     sampler = d * noise.total_variation
     return GaussianPlan(

@@ -34,6 +34,12 @@ from dp_flash_attention.quantum.generator_strength import (
 )
 from dp_flash_attention.quantum.grid import add_on_grid, round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
+from dp_flash_attention.quantum.on_device import (
+    add_on_device,
+    checked_on_device,
+    projected_on_device,
+    stays_on_device,
+)
 from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector, unpack
 
 _UNIT_ROUNDOFF = 2.0**-53
@@ -51,9 +57,9 @@ class PostQuantumGaussian:
             have γ = 1, and rounding costs nothing.
         l2_clip_norm: If given, the value is first projected onto the ball of this L2 norm, which moves no two values
             further apart; the sensitivity is then at most twice this.
-        cipher: What turns the key into bits: ``"aes-256-ctr"`` (fastest), ``"chacha20"``, or ``"shake256"``, which alone
-            carries more than 128 bits against quantum search, from a ``WideSecretKey`` that has them. None chooses
-            by the key's length.
+        cipher: What turns the key into bits: ``"aes-256-ctr"`` (fastest on CPUs), ``"chacha20"``, which GPUs can run, or
+            ``"shake256"``, which alone carries more than 128 bits against quantum search, from a ``WideSecretKey`` that has
+            them. None chooses by the key's length, for a CPU.
         privacy_unit: What the sensitivity was derived for.
 
     Raises:
@@ -112,6 +118,11 @@ class PostQuantumGaussian:
         Raises:
             InvalidInputError: As ``release``.
         """
+        return self._plan(dimension, sensitivity, budget, whole=whole, layered=False)
+
+    def _plan(
+        self, dimension: int, sensitivity: Sensitivity, budget: PrivacyBudget, *, whole: bool, layered: bool
+    ) -> GaussianPlan:
         sensitivity, budget = checked_request(sensitivity, budget)
         bound = sensitivity.l2
         if self._clip is not None:
@@ -124,14 +135,16 @@ class PostQuantumGaussian:
             budget=budget,
             grid=self._grid,
             advantage=self._advantage(dimension),
+            layered=layered,
         )
 
     def release(self, value: Any, sensitivity: Sensitivity, budget: PrivacyBudget) -> Release:
         """Returns ``value`` with noise, of the same kind, shape and dtype.
 
         Args:
-            value: A number, NumPy array or tensor. Rounding to its dtype comes last and is post-processing. A
-                CUDA tensor is copied to the host and its result back.
+            value: A number, NumPy array or tensor. Rounding to its dtype comes last and is post-processing. A float32,
+                float64 or int64 CUDA tensor stays on its device if the cipher is ``"chacha20"``; any other is copied to the
+                host and its result back.
             sensitivity: How far it moves between neighbours, in its own unit.
             budget: What all terms together may cost.
 
@@ -139,6 +152,8 @@ class PostQuantumGaussian:
             InvalidInputError: If the value is of another kind or empty, the grid too coarse for the sensitivity, or the
                 budget out of reach: all public facts. Nothing is released then.
         """
+        if stays_on_device(value, self._cipher):
+            return self._release_on_device(value, sensitivity, budget)
         unpacked = unpack(value)
         plan = self.plan(
             dimension=unpacked.flat.size, sensitivity=sensitivity, budget=budget, whole=unpacked.whole
@@ -146,6 +161,19 @@ class PostQuantumGaussian:
         flat = unpacked.flat if self._clip is None else _projected(unpacked.vector, self._clip)
         noisy = add_on_grid(flat, self._noise(plan), plan.grid)
         return self._describe(unpacked.restore(noisy), plan, sensitivity.neighboring_relation)
+
+    def _release_on_device(
+        self, value: torch.Tensor, sensitivity: Sensitivity, budget: PrivacyBudget
+    ) -> Release:
+        found = checked_on_device(value)
+        whole = not found.is_floating_point()
+        plan = self._plan(found.numel(), sensitivity, budget, whole=whole, layered=True)
+        if self._clip is not None:
+            found = projected_on_device(found, self._clip)
+        step, key = self._next()
+        generator = noise_for(plan.variance, layered=True).generator(key, cipher=self._cipher)
+        noisy = add_on_device(found, generator, plan.grid, step=step, dtype=value.dtype)
+        return self._describe(noisy, plan, sensitivity.neighboring_relation)
 
     def release_sum(
         self,
@@ -208,10 +236,14 @@ class PostQuantumGaussian:
         return self._describe(unpack(like).restore(noisy), plan, neighboring_relation)
 
     def _noise(self, plan: GaussianPlan) -> Integers:
+        step, key = self._next()
+        return noise_for(plan.variance).draw(key, plan.dimension, step=step, cipher=self._cipher)
+
+    def _next(self) -> tuple[int, NoiseKey]:
+        """Returns a step and a key that no other release has."""
         with self._lock:
             step, self._step = self._step, self._step + 1
-        key = fresh_subkey(self._key, "quantum.post_quantum_gaussian")
-        return noise_for(plan.variance).draw(key, plan.dimension, step=step, cipher=self._cipher)
+        return step, fresh_subkey(self._key, "quantum.post_quantum_gaussian")
 
     def _advantage(self, dimension: int) -> float:
         return generator_advantage(dimension, searched_bits(self._key), self._cipher)

@@ -113,12 +113,40 @@ def test_two_variances_share_no_bits():
 def test_the_exact_coin_decides_as_the_fast_one_and_is_reached(monkeypatch):
     noise = WideDiscreteGaussian(Fraction(10**7) + Fraction(1, 3))
     fast = noise.draw(KEY, 300, step=4)
-    calls = []
-    exact = WideDiscreteGaussian._exact_coin
-    monkeypatch.setattr(WideDiscreteGaussian, "_exact_coin", lambda *a: calls.append(1) or exact(*a))
-    monkeypatch.setattr(module, "_CLOSE", 0.05)  # one proposal in ten goes the exact way
+    calls = {"_close_coin": 0, "_exact_coin": 0}
+    for name in calls:
+        coin = getattr(WideDiscreteGaussian, name)
+
+        def counted(*arguments, name=name, coin=coin):
+            calls[name] += 1
+            return coin(*arguments)
+
+        monkeypatch.setattr(WideDiscreteGaussian, name, counted)
+    # One proposal in a hundred goes further, to the double and to the digits.
+    monkeypatch.setattr(module, "_CLOSE_FLOAT32", 0.005)
+    monkeypatch.setattr(module, "_CLOSE", 0.0025)
     assert np.array_equal(noise.draw(KEY, 300, step=4), fast)
-    assert len(calls) > 100
+    assert calls["_close_coin"] > 1000
+    assert 400 < calls["_exact_coin"] < calls["_close_coin"]
+
+
+def test_float32_exponentials_stay_inside_the_margin_of_the_coins():
+    # Every float32 of a band below zero, then many down to where no exponent of a coin reaches (0.03 + 128/4).
+    bits = np.arange(np.float32(-1.0).view(np.uint32), np.float32(-1.25).view(np.uint32), dtype=np.uint32)
+    spread = -np.random.default_rng(3).random(1_000_000, dtype=np.float32) * np.float32(40.0)
+    for gamma in (bits.view(np.float32), spread, spread / np.float32(20.0)):
+        error = np.abs(np.exp(gamma).astype(np.float64) - np.exp(gamma.astype(np.float64)))
+        assert error.max() < 2.0**-21
+
+
+@pytest.mark.parametrize("stddev", [2**26, 2**27 - 1, 2**27, 2**40])
+def test_words_of_both_sizes_make_the_law(stddev):
+    noise = WideDiscreteGaussian(Fraction(stddev) ** 2)
+    values = noise.draw(KEY, 300_000, step=8) / stddev
+    # Blocks' ends are where a bit too many or too few would show.
+    assert stats.kstest(values, "norm").pvalue > ALARM
+    assert stats.kstest(values * 1.03, "norm").pvalue < ALARM
+    assert noise.largest < 2**63
 
 
 def test_a_coin_that_always_accepts_would_be_noticed(monkeypatch):
