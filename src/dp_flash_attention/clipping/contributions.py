@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ class Contribution(Protocol):
 
     def without(self, dropped_B: Tensor) -> Contribution:
         """Returns a copy in which the dropped examples' gradients are exactly zero."""
+        ...
+
+
+@runtime_checkable
+class PairsWithOthers(Protocol):
+    """A contribution of another file that has cheap inner products with some kinds."""
+
+    def inner_products(self, other: Contribution) -> Tensor | None:
+        """Returns ``⟨this_i, other_i⟩`` for each example, shape [B], or None where there is no cheap way."""
         ...
 
 
@@ -317,6 +326,11 @@ def _merge(contributions: Sequence[Contribution]) -> list[Contribution]:
 
 def _inner_products(first: Contribution, second: Contribution) -> Tensor:
     """Returns ``⟨first_i, second_i⟩`` for each example i, shape [B]."""
+    for one, other in ((first, second), (second, first)):
+        if isinstance(one, PairsWithOthers):
+            products_B = one.inner_products(other)
+            if products_B is not None:
+                return products_B
     if isinstance(first, LinearContribution):
         if isinstance(second, LinearContribution) and first.input_first == second.input_first:
             dtype = accumulation_dtype(first.x_BTD, first.g_BTP)
