@@ -57,8 +57,8 @@ class HeadNormSum:
 
     def add(self, g_NTC: Tensor) -> None:
         """Takes the logits' gradients of one tile."""
-        self._row_sq_norms_NT += torch.linalg.vecdot(g_NTC, g_NTC)
         if not self._use_gram:
+            self._row_sq_norms_NT += torch.linalg.vecdot(g_NTC, g_NTC)
             self._outer_N += _outer_sq_norms(self._h_NTD, g_NTC)
         for k, gram in enumerate(self._grams):
             start = k * _STRIP_ROWS
@@ -69,6 +69,7 @@ class HeadNormSum:
         total_N = self._outer_N.clone()
         for k, gram in enumerate(self._grams):
             start, rows = k * _STRIP_ROWS, gram.shape[1]
+            self._row_sq_norms_NT[:, start : start + rows] = gram.diagonal(dim1=1, dim2=2)
             of_h = torch.bmm(self._h_NTD[:, start : start + rows], self._h_NTD[:, start:].mT)
             of_h *= gram
             total_N += 2.0 * of_h.sum((1, 2)) - of_h[:, :, :rows].sum((1, 2))
@@ -135,8 +136,10 @@ class HeadContribution:
         """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""
         if fresh:
             out.zero_()
-        for tile in self.head.tiles():
-            for group in self.head.groups():
+        # Nothing here needs an example's whole row of logits, so tiles are small enough to stay in a cache.
+        head = replace(self.head, scratch_bytes=min(self.head.scratch_bytes, SCRATCH_BYTES))
+        for tile in head.tiles():
+            for group in head.groups():
                 g_NTC = self._gradient(group, tile)
                 h_NTD = self._rows(group) * factors_B[group, None, None].to(g_NTC)
                 out[tile].addmm_(g_NTC.flatten(0, 1).mT, h_NTD.flatten(0, 1))

@@ -7,7 +7,7 @@ its own, ``rules.linear_cross_entropy``, with exact per-example norms.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,10 +150,8 @@ class LinearCrossEntropy(nn.Linear):
         if targets is None:
             return super().forward(input)
         coefficients_BT = self.coefficients(input, targets, normalizer)
-        losses: Tensor = _LinearCrossEntropy.apply(
-            input, self.weight, self.bias, targets, coefficients_BT, self.scratch_bytes
-        )
-        return losses
+        call = (input, self.weight, self.bias, targets, coefficients_BT, self.scratch_bytes)
+        return cast(Tensor, _LinearCrossEntropy.apply(*call))  # type: ignore[no-untyped-call]
 
     def coefficients(self, input: Tensor, targets: Tensor, normalizer: float | None) -> Tensor:
         """Returns the share of each token's cross entropy in its example's loss, [B, T]; 0 where it is ignored.
