@@ -20,6 +20,8 @@ from dp_flash_attention.clipping.norms import (
     SCRATCH_BYTES,
     accumulation_dtype,
     cancelled_examples,
+    embedding_kernel_sq_norms,
+    embedding_norm_path,
     gram_cross,
     linear_sq_norms,
     row_mass,
@@ -206,6 +208,8 @@ class EmbeddingContribution:
         sq_norms_B = torch.zeros(size, dtype=dtype, device=self.g_BTD.device)
         if self.ids_BT.numel() == 0:
             return sq_norms_B
+        if embedding_norm_path(self.g_BTD) == "triton":
+            return embedding_kernel_sq_norms(self.ids_BT, self.g_BTD)
         # Equal ids of one example share a slot; their gradients add before the norm is taken.
         example_B1 = torch.arange(size, device=self.ids_BT.device)[:, None]
         keys, slots = torch.unique(self.ids_BT + example_B1 * self.weight_shape[0], return_inverse=True)
