@@ -16,7 +16,7 @@ from dp_flash_attention.attention.kernels.launch import attention_forward
 from dp_flash_attention.attention.noising import add_noise, noise_path
 from dp_flash_attention.attention.reference import reference_attention, reference_noise
 from dp_flash_attention.clipping import norms
-from dp_flash_attention.clipping.kernels import gram_norm, outer_norm
+from dp_flash_attention.clipping.kernels import embedding_norm, gram_norm, outer_norm
 from dp_flash_attention.core.errors import NoiseReuseError, NoiseUnavailableError
 from dp_flash_attention.noise import (
     DiscreteGaussianGenerator,
@@ -163,3 +163,16 @@ def test_norms_are_those_of_float64(shape, dtype):
         assert torch.equal(*got)
         torch.testing.assert_close(got[0].double(), want, rtol=2 * (64 + rows) * 2.0**-24, atol=0)
     assert norms.norm_path(x, g) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "rows", "width"), [(1, 1, 1), (3, 129, 65), (8, 1024, 768)])
+def test_embedding_norms_are_those_of_float64_every_time(dtype, size, rows, width):
+    ids = torch.randint(0, 50, (size, rows), device="cuda")
+    g = torch.randn(size, rows, width, device="cuda").to(dtype)
+    table = torch.zeros(size, 50, width, dtype=torch.float64, device="cuda")
+    want = table.scatter_add_(1, ids[:, :, None].expand_as(g), g.double()).square().sum((1, 2))
+    got = [embedding_norm(ids, g) for _ in range(2)]
+    assert torch.equal(*got)
+    torch.testing.assert_close(got[0].double(), want, rtol=(4 * rows + 16) * 2.0**-24, atol=0)
+    assert norms.embedding_norm_path(g) == "triton"

@@ -24,6 +24,7 @@ from dp_flash_attention.noise.kernels.discrete_gaussian import write_discrete_ga
 from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGRAM, write_normals_kernel
 
 # The package's names for these modules are its functions.
+embedding_norm = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
 gram_norm = import_module("dp_flash_attention.clipping.kernels.gram_norm")
 outer_norm = import_module("dp_flash_attention.clipping.kernels.outer_norm")
 
@@ -182,6 +183,19 @@ def norm_kernels():
             )
 
 
+def embedding_norm_kernels():
+    for dtype in ("bf16", "fp16", "fp32"):
+        types = dict.fromkeys(("stride_gb", "stride_gt", "num_rows", "width"), "i32")
+        types |= {"ids": "*i64", "order": "*i64", "g": f"*{dtype}", "partial": "*fp32"}
+        constants = {"stride_gd": 1, "BLOCK_WIDTH": embedding_norm.BLOCK_WIDTH}
+        yield (
+            f"embedding_norm/{dtype}",
+            compiled(
+                embedding_norm.embedding_norm_kernel, types, constants, num_warps=embedding_norm.NUM_WARPS
+            ),
+        )
+
+
 def main():
     if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
         transform._anchored_lanes = lanes_without_anchor
@@ -192,10 +206,17 @@ def main():
             *exact_noise_kernels(),
             *attention_kernels(),
             *norm_kernels(),
+            *embedding_norm_kernels(),
             *all_attention_kernels(),
         ]
     else:
-        found = [*noise_kernels(), *exact_noise_kernels(), *attention_kernels(), *norm_kernels()]
+        found = [
+            *noise_kernels(),
+            *exact_noise_kernels(),
+            *attention_kernels(),
+            *norm_kernels(),
+            *embedding_norm_kernels(),
+        ]
     print(json.dumps(dict(found)))
 
 

@@ -133,6 +133,14 @@ def norms(module, name, kernel):
     return {"compiled": len(kernel.compiled)}
 
 
+def embedding_norms(module, kernel):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size, rows, width in ((1, 1, 1), (2, 17, 5), (2, 128, 256)):
+            ids = torch.zeros(size, rows, dtype=torch.long)
+            module.embedding_norm(ids, torch.zeros(size, rows, width, dtype=dtype))
+    return {"compiled": len(kernel.compiled)}
+
+
 def main():
     driver.set_active(DriverWithoutDevice())
     for module in (writer, add_noise):  # nothing runs, so nothing can agree with the CPU
@@ -140,6 +148,8 @@ def main():
     exact_writer.disagreement = lambda *args: None
     found = {"noise": noise(compile_only(writer, "write_normals_kernel"))}
     found["exact noise"] = exact_noise(compile_only(exact_writer, "write_discrete_gaussian_kernel"))
+    embedding = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
+    found["embedding_norm"] = embedding_norms(embedding, compile_only(embedding, "embedding_norm_kernel"))
     forward = compile_only(launch, "dp_attention_fwd_kernel")
     compile_only(launch, "row_factors_kernel")
     adding = compile_only(add_noise, "add_noise_kernel")

@@ -50,6 +50,8 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     for name in ("attention/64, causal", "gram_norm/bf16", "outer_norm/bf16"):
         assert binaries[name]["wgmma"] > 0
     assert binaries["gram_norm/fp32"]["wgmma"] == 0
+    # A program of the embedding's norm is one warp, whose threads never wait for each other.
+    assert [count["barriers"] for name, count in binaries.items() if "embedding" in name] == [0] * 3
     # Words of noise stay in registers until the store, whose one conversion of layout takes 18 barriers.
     counts = [count["barriers"] for name, count in binaries.items() if name.startswith("write_normals")]
     assert len(counts) == 4
@@ -70,6 +72,7 @@ def test_the_launchers_ask_for_the_same_kernel_whatever_the_key(tmp_path):
     assert found["exact noise"] == {"variants": 1, "types": ["u32", "u32", "u32", "i32"]}
     assert found["attention"] == {"compiled": 2}
     assert found["added noise"] == {"compiled": 6}
+    assert found["embedding_norm"] == {"compiled": 9}
 
 
 @pytest.mark.slow

@@ -2,5 +2,11 @@
 
 from dp_flash_attention.clipping.accumulator import ClippedGradientAccumulator, MicrobatchNorms
 from dp_flash_attention.clipping.independence import check_examples_independent
+from dp_flash_attention.clipping.linear_cross_entropy import LinearCrossEntropy
 
-__all__ = ["ClippedGradientAccumulator", "MicrobatchNorms", "check_examples_independent"]
+__all__ = [
+    "ClippedGradientAccumulator",
+    "LinearCrossEntropy",
+    "MicrobatchNorms",
+    "check_examples_independent",
+]

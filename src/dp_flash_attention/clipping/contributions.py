@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from dp_flash_attention.clipping.norms import (
     SCRATCH_BYTES,
     accumulation_dtype,
     cancelled_examples,
+    embedding_kernel_sq_norms,
+    embedding_norm_path,
     gram_cross,
     linear_sq_norms,
     row_mass,
@@ -59,6 +61,15 @@ class Contribution(Protocol):
 
     def without(self, dropped_B: Tensor) -> Contribution:
         """Returns a copy in which the dropped examples' gradients are exactly zero."""
+        ...
+
+
+@runtime_checkable
+class PairsWithOthers(Protocol):
+    """A contribution of another file that has cheap inner products with some kinds."""
+
+    def inner_products(self, other: Contribution) -> Tensor | None:
+        """Returns ``⟨this_i, other_i⟩`` for each example, shape [B], or None where there is no cheap way."""
         ...
 
 
@@ -197,6 +208,8 @@ class EmbeddingContribution:
         sq_norms_B = torch.zeros(size, dtype=dtype, device=self.g_BTD.device)
         if self.ids_BT.numel() == 0:
             return sq_norms_B
+        if embedding_norm_path(self.g_BTD) == "triton":
+            return embedding_kernel_sq_norms(self.ids_BT, self.g_BTD)
         # Equal ids of one example share a slot; their gradients add before the norm is taken.
         example_B1 = torch.arange(size, device=self.ids_BT.device)[:, None]
         keys, slots = torch.unique(self.ids_BT + example_B1 * self.weight_shape[0], return_inverse=True)
@@ -317,6 +330,11 @@ def _merge(contributions: Sequence[Contribution]) -> list[Contribution]:
 
 def _inner_products(first: Contribution, second: Contribution) -> Tensor:
     """Returns ``⟨first_i, second_i⟩`` for each example i, shape [B]."""
+    for one, other in ((first, second), (second, first)):
+        if isinstance(one, PairsWithOthers):
+            products_B = one.inner_products(other)
+            if products_B is not None:
+                return products_B
     if isinstance(first, LinearContribution):
         if isinstance(second, LinearContribution) and first.input_first == second.input_first:
             dtype = accumulation_dtype(first.x_BTD, first.g_BTP)

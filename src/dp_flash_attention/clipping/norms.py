@@ -177,6 +177,24 @@ def norm_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
     return "triton" if fits and _is_on_gpu(x_BTD) and has_triton() else "torch"
 
 
+def embedding_norm_path(g_BTD: Tensor) -> Literal["triton", "torch"]:
+    """Returns what an embedding's norm runs, as ``norm_path`` does for a linear map's."""
+    fits = g_BTD.dtype in _KERNEL_DTYPES
+    return "triton" if fits and _is_on_gpu(g_BTD) and has_triton() else "torch"
+
+
+def embedding_kernel_sq_norms(ids_BT: Tensor, g_BTD: Tensor) -> Tensor:
+    """Returns ``Σ_v ‖Σ_{t: id_t = v} g_t‖²`` for each example by Triton's kernel, [B], float32.
+
+    Raises:
+        KernelMismatchError: If the kernel disagrees with float64 at its first use here.
+    """
+    from dp_flash_attention.clipping import kernels
+
+    kernels.require_embedding_agreement(g_BTD)
+    return kernels.embedding_norm(ids_BT, g_BTD)
+
+
 def _is_on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 

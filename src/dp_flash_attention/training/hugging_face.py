@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dp_flash_attention.core.errors import DependencyMissingError, InvalidInputError
+from dp_flash_attention.training.fused_loss import fuse_head
 
 _HEAD_SEED = 0  # a new head's initial weights are public
 
@@ -82,6 +83,8 @@ def load_model(directory: Path, *, pad_id: int, num_classes: int | None) -> nn.M
     config: Any = model.config
     config.pad_token_id = pad_id  # a classifier finds the last real token by it
     config.use_cache = False
+    if num_classes is None:
+        fuse_head(model)
     return model
 
 

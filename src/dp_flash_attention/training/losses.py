@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
+from dp_flash_attention.clipping.linear_cross_entropy import LinearCrossEntropy
 from dp_flash_attention.core.errors import InvalidInputError
 
 IGNORE_INDEX = -100
@@ -69,8 +70,7 @@ def language_model_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = I
             bound=f"[B, T] for logits of shape [B, T, V], here {list(logits.shape)}",
             remedy="Pass the input ids with the ignored positions replaced by ignore_index.",
         )
-    # The labels move, not the logits: a slice of them would be copied, B·T·V numbers.
-    targets_BT = pad(labels[:, 1:], (0, 1), value=ignore_index)
+    targets_BT = _next_tokens(labels, ignore_index)
     losses = cross_entropy(
         _at_least_float32(logits).flatten(0, 1),
         targets_BT.flatten(),
@@ -79,6 +79,39 @@ def language_model_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = I
     )
     counts_B = (targets_BT != ignore_index).sum(dim=1)
     return losses.view(labels.shape).sum(dim=1) / counts_B.clamp(min=1)
+
+
+def language_model_loss_from_hidden(hidden: Tensor, head: LinearCrossEntropy, labels: Tensor) -> Tensor:
+    """``language_model_loss`` of ``head(hidden)`` without the logits in memory.
+
+    Args:
+        hidden: Shape [B, T, D]; position t predicts token t + 1.
+        head: Maps D to V.
+        labels: As in ``language_model_loss``, with ``head.ignore_index``.
+
+    Returns:
+        Losses, shape [B], float32 (float64 for float64 weights).
+
+    Raises:
+        InvalidInputError: If the shapes do not fit, or a label is outside the vocabulary.
+
+    Guarantees:
+        Those of ``language_model_loss``.
+    """
+    if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+        raise InvalidInputError(
+            "labels shape",
+            tuple(labels.shape),
+            bound=f"[B, T] for hidden states of shape [B, T, D], here {list(hidden.shape)}",
+            remedy="Pass the input ids with the ignored positions replaced by ignore_index.",
+        )
+    losses: Tensor = head(hidden, _next_tokens(labels, head.ignore_index))
+    return losses
+
+
+def _next_tokens(labels: Tensor, ignore_index: int) -> Tensor:
+    # The labels move, not the logits: a slice of them would be copied, B·T·V numbers.
+    return pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dp_flash_attention.training.evaluation import (
     exact_language_model,
     token_losses,
 )
+from dp_flash_attention.training.fused_loss import fused_language_model_loss
 from dp_flash_attention.training.losses import classification_loss, language_model_loss
 from dp_flash_attention.training.models import TextTransformer, TextTransformerConfig
 from dp_flash_attention.training.tasks import Classification, Task, public_generator, write_model_json
@@ -110,7 +111,12 @@ def text_classification_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> 
 
 def text_language_model_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Mean next-token cross entropy of each text, shape [B], in nats."""
-    return language_model_loss(text_logits(model, inputs), inputs["labels"])
+    losses_B = fused_language_model_loss(model, inputs)
+    return (
+        losses_B
+        if losses_B is not None
+        else language_model_loss(text_logits(model, inputs), inputs["labels"])
+    )
 
 
 class _LanguageModel:

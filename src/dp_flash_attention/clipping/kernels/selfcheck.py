@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from dp_flash_attention.clipping.kernels.embedding_norm import embedding_norm
 from dp_flash_attention.clipping.kernels.gram_norm import gram_norm
 from dp_flash_attention.clipping.kernels.outer_norm import outer_norm
 from dp_flash_attention.core.errors import KernelMismatchError
@@ -34,7 +35,31 @@ def require_agreement(tensor: torch.Tensor) -> None:
     Raises:
         KernelMismatchError: If they are. Clipping by a wrong norm would break the guarantee.
     """
-    problem = disagreement(str(tensor.device), tensor.dtype)
+    _raise_for(disagreement(str(tensor.device), tensor.dtype))
+
+
+@lru_cache(maxsize=64)
+def embedding_disagreement(device: str, dtype: torch.dtype) -> str | None:
+    """Returns by how much the embedding's kernel misses float64 on a small problem, or None if it agrees."""
+    generator = torch.Generator().manual_seed(12)
+    ids = torch.randint(0, 20, (2, 70), generator=generator)  # 20 ids at 70 places repeat
+    g = torch.randn(2, 70, 150, generator=generator).to(dtype)
+    rows = torch.zeros(2, 20, 150, dtype=torch.float64).scatter_add_(
+        1, ids[:, :, None].expand(-1, -1, 150), g.double()
+    )
+    got = embedding_norm(ids.to(device), g.to(device)).cpu().double()
+    error = float((got / rows.square().sum((1, 2)) - 1.0).abs().max())
+    if not error <= _TOLERANCE:  # a NaN is not
+        return f"{embedding_norm.__name__} misses float64 by a share of {error:.3g} on {device!r} in {dtype}"
+    return None
+
+
+def require_embedding_agreement(tensor: torch.Tensor) -> None:
+    """As ``require_agreement``, for the embedding's kernel."""
+    _raise_for(embedding_disagreement(str(tensor.device), tensor.dtype))
+
+
+def _raise_for(problem: str | None) -> None:
     if problem is not None:
         raise KernelMismatchError(
             f"The norm kernels failed their check ({problem}). Uninstall triton to use torch's products, and report this "

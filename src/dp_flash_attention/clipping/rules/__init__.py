@@ -44,10 +44,12 @@ def find_rule(module: nn.Module) -> Rule | None:
     from dp_flash_attention.clipping.rules.embedding import EmbeddingRule
     from dp_flash_attention.clipping.rules.layer_norm import LayerNormRule
     from dp_flash_attention.clipping.rules.linear import LinearRule
+    from dp_flash_attention.clipping.rules.linear_cross_entropy import LinearCrossEntropyRule
     from dp_flash_attention.clipping.rules.rms_norm import RMSNormRule
 
     rules: tuple[Rule, ...] = (
         LinearRule(),
+        LinearCrossEntropyRule(),
         EmbeddingRule(),
         LayerNormRule(),
         RMSNormRule(),
