@@ -52,7 +52,12 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Expected passes over the records.")] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of --epochs: number of steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
-    noise: Annotated[str, typer.Option(help="'secure', or 'fast' for research.")] = "secure",
+    noise: Annotated[
+        str,
+        typer.Option(
+            help="'secure', 'exact' (on a grid, finite precision certified), or 'fast' for research."
+        ),
+    ] = "secure",
     dataset_size: Annotated[
         int | None, typer.Option(help="Number of records, if it is public; left out: released with noise.")
     ] = None,

@@ -20,10 +20,17 @@ _PACKAGES = ("dp-flash-attention", "torch", "numpy", "dp-accounting", "cryptogra
 _ASSUMED = (
     "The run's secrets stayed unread while it ran; the operating system's entropy is sound; AES-256 in counter "
     "mode is a pseudo-random function (128 bits against quantum search).",
-    "Real numbers: the float32 rounding of sums and noise is not part of the analysis.",
     "One record is one unit. Whoever owns several records is protected for each of them, not for all together.",
     "Model, hyper-parameters, schema and classes were chosen without these records.",
     "Deleting a file removes it. Copies made by backups or by the storage device are out of reach.",
+)
+_REAL_NUMBERS = "Real numbers: the float32 rounding of sums and noise is not part of the analysis."
+_EXACT_ASSUMED = (
+    "The float32 sums of clipped gradients, before they are rounded to the grid, move by at most the clip norm when a record "
+    "comes or goes, as sums of real numbers do. The rounding of the matrix products that make them is not bounded: the rows of "
+    "one record may cancel, so it is not relative to the clip norm. From the grid on nothing is assumed of arithmetic.",
+    "The generator's advantage in delta: no attack on AES-256 beats key search with 2^64 sequential Grover iterations.",
+    "The evaluation's noise, if there is one, is 'secure': float64 rounding of its few sums is not part of the analysis.",
 )
 _NOT_COVERED = (
     "diagnostics/ (losses, norms, sampled sizes, exact scores): private data.",
@@ -117,7 +124,7 @@ def build_certificate(
             }
         )
     private = not uses_test_key
-    rdp = accounted_epsilon(plan.event, delta=plan.delta, accountant="rdp")
+    rdp = accounted_epsilon(plan.event, delta=plan.accounted_delta, accountant="rdp")
     content = {
         "format": 1,
         "claim": {
@@ -138,6 +145,7 @@ def build_certificate(
             "training_epsilon_by_rdp_as_cross_check": rdp,
             "l2_sensitivity_of_a_step": plan.l2_clip_norm,
             "method": "exact per-example clipping; privacy loss distributions with pessimistic rounding",
+            **_finite_precision(plan),
         }
         if private
         else {},
@@ -174,6 +182,26 @@ def _count_assumption(count_release: Mapping[str, Any] | None) -> tuple[str, ...
 
 
 def _noise_assumption(plan: PrivacyPlan) -> tuple[str, ...]:
+    if plan.noise == "exact":
+        return _EXACT_ASSUMED
     if plan.noise == "secure":
-        return ()
-    return ("The noise is statistical only (Philox): whoever finds its key from outputs can subtract it.",)
+        return (_REAL_NUMBERS,)
+    return (
+        _REAL_NUMBERS,
+        "The noise is statistical only (Philox): whoever finds its key from outputs can subtract it.",
+    )
+
+
+def _finite_precision(plan: PrivacyPlan) -> dict[str, Any]:
+    """What is certified of exact noise; ``PrivacyPlan.from_dict`` of the parameters computes all of it again."""
+    precision = plan.finite_precision
+    if precision is None:
+        return {}
+    return {
+        "finite_precision": {
+            "noise": "rounded Gaussian on the grid, sampled as a discrete Gaussian within a certified distance",
+            **asdict(precision),
+            "delta_of_the_accountant": plan.accounted_delta,
+            "noise_multiplier_of_the_accountant": plan.event.noise_multiplier,
+        }
+    }

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import open_unit, positive_finite, positive_int
-from dp_flash_attention.noise import NoiseName
+from dp_flash_attention.training.finite_precision import TrainingNoise
 
 _WARMUP_SHARE = 0.05
 _FINAL_LEARNING_RATE = 0.1
@@ -74,7 +74,7 @@ class RunRequest:
     epochs: float | None = None
     num_steps: int | None = None
     learning_rate: float | None = None
-    noise: NoiseName = "secure"
+    noise: TrainingNoise = "secure"
     dataset_size: int | None = None
     holdout_prob: float = 0.1
 
@@ -100,9 +100,12 @@ class RunRequest:
                 "would satisfy it",
                 remedy=f"Use {0.1 / self.dataset_size:.0e} or less.",
             )
-        if self.noise not in ("secure", "fast"):
+        if self.noise not in ("secure", "exact", "fast"):
             raise InvalidInputError(
-                "noise", self.noise, bound="'secure' or 'fast'", remedy="Use 'secure' for anything released."
+                "noise",
+                self.noise,
+                bound="'secure', 'exact' or 'fast'",
+                remedy="Use 'secure' or 'exact' for anything released.",
             )
         if self.epochs is not None and self.num_steps is not None:
             raise InvalidInputError(

@@ -231,6 +231,7 @@ class _Run:
             l2_clip_norm=choices.l2_clip_norm,
             sampling_prob=choices.sampling_prob,
             noise=request.noise,
+            num_parameters=_count_trained(self._model) if request.noise == "exact" else None,
         )
         self._run.remember("plan", plan.to_dict())
         return plan
@@ -278,7 +279,8 @@ class _Run:
             epsilon=request.epsilon,
             delta=plan.delta,
             key=run.keys.derive("evaluation"),
-            noise=request.noise,
+            # The evaluation's few sums are noised as floats; the certificate says so.
+            noise="secure" if request.noise == "exact" else request.noise,
         )
         return task.evaluate(self._model, Subset(task.dataset, self._split.holdout), terms)
 
@@ -361,6 +363,10 @@ def _rehearse(model: nn.Module, task: Task, request: RunRequest) -> None:
     )
     few = task.dataset.take(torch.arange(min(_REHEARSAL_ROWS, len(task.dataset))))
     check_examples_independent(accumulator, model, lambda rows: task.loss_fn(model, rows), few)
+
+
+def _count_trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _optimizer(model: nn.Module, choices: Choices) -> torch.optim.Optimizer:

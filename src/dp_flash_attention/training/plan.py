@@ -34,7 +34,12 @@ from dp_flash_attention.core.validation import (
     positive_int,
     probability,
 )
-from dp_flash_attention.noise import NoiseName
+from dp_flash_attention.training.finite_precision import (
+    FinitePrecision,
+    TrainingNoise,
+    finite_precision,
+    multiplier_on_grid,
+)
 
 _CLIP_REMEDY = "Values between 0.1 and 10 are usual; 1.0 is a good start."
 _STEPS_REMEDY = "Count the optimizer steps, empty batches included."
@@ -59,9 +64,11 @@ class PrivacyPlan:
         num_steps: Number of logical steps; no more are ever taken.
         l2_clip_norm: C, the bound on one record's gradient over all parameters together.
         noise_multiplier: σ, the noise's standard deviation over C; unitless.
-        noise: ``"secure"`` (a cipher; for anything released) or ``"fast"`` (statistical only).
+        noise: ``"secure"`` (a cipher; for anything released), ``"exact"`` (a cipher, and whole numbers on a public
+            grid: finite precision is accounted for) or ``"fast"`` (statistical only).
         accountant: ``"pld"`` or ``"rdp"``.
         dataset_size: The number of records if that number is public, otherwise None.
+        num_parameters: Number of trainable coordinates; needed by noise ``"exact"`` and None for the others.
 
     Raises:
         InvalidInputError: If a value lies outside its range, δ is at least 1 / number of records (as
@@ -75,7 +82,8 @@ class PrivacyPlan:
         public: every field of the plan, the model's architecture and initial parameters, the optimizer.
         theorem: Poisson-subsampled Gaussian mechanism, adaptively composed ``num_steps`` times by privacy
             loss distributions with pessimistic rounding (or by Rényi DP); Abadi et al. 2016; Koskela et
-            al. 2020; Zhu, Dong & Wang 2022, Theorem 10; Doroshenko et al. 2022.
+            al. 2020; Zhu, Dong & Wang 2022, Theorem 10; Doroshenko et al. 2022. With noise ``"exact"``, see also
+            ``finite_precision``.
     """
 
     epsilon: float
@@ -85,9 +93,10 @@ class PrivacyPlan:
     num_steps: int
     l2_clip_norm: float
     noise_multiplier: float
-    noise: NoiseName = "secure"
+    noise: TrainingNoise = "secure"
     accountant: Accountant = "pld"
     dataset_size: int | None = None
+    num_parameters: int | None = None
 
     def __post_init__(self) -> None:
         PrivacyBudget(epsilon=self.epsilon, delta=self.delta)
@@ -108,7 +117,9 @@ class PrivacyPlan:
         }
         for name, value in checked.items():  # plain Python numbers, so that equality and JSON are exact
             object.__setattr__(self, name, value)
-        _one_of("noise", self.noise, ("secure", "fast"), remedy="Use 'secure' for anything released.")
+        _one_of(
+            "noise", self.noise, ("secure", "exact", "fast"), remedy="Use 'secure' for anything released."
+        )
         _one_of("accountant", self.accountant, ("pld", "rdp"), remedy="Leave it at 'pld'.")
         if self.dataset_size is not None:
             positive_int(
@@ -134,8 +145,9 @@ class PrivacyPlan:
         l2_clip_norm: float,
         sampling_prob: float | None = None,
         dataset_size: int | None = None,
-        noise: NoiseName = "secure",
+        noise: TrainingNoise = "secure",
         accountant: Accountant = "pld",
+        num_parameters: int | None = None,
     ) -> PrivacyPlan:
         """Returns the plan with the least noise that keeps ``num_steps`` steps within (ε, δ).
 
@@ -149,6 +161,7 @@ class PrivacyPlan:
             dataset_size: The number of records, if it is public.
             noise: Name of the noise generator.
             accountant: Name of the accountant.
+            num_parameters: Number of trainable coordinates, for noise ``"exact"``.
 
         Raises:
             InvalidInputError: If a value lies outside its range, neither ``sampling_prob`` nor
@@ -178,9 +191,17 @@ class PrivacyPlan:
             open_unit("delta", delta, remedy="Choose well below 1 / (number of records)."),
             dataset_size or batch / sampling_prob,
         )
+        precision = finite_precision(
+            noise,
+            epsilon=PrivacyBudget(epsilon=epsilon, delta=delta).epsilon,
+            delta=delta,
+            l2_clip_norm=positive_finite("l2_clip_norm", l2_clip_norm, remedy=_CLIP_REMEDY),
+            num_parameters=num_parameters,
+            num_steps=positive_int("num_steps", num_steps, remedy=_STEPS_REMEDY),
+        )
         noise_multiplier = calibrate_noise_multiplier(
             epsilon=epsilon,
-            delta=delta,
+            delta=delta if precision is None else delta - precision.delta,
             sampling_prob=sampling_prob,
             num_steps=num_steps,
             accountant=accountant,
@@ -192,17 +213,41 @@ class PrivacyPlan:
             expected_batch_size=batch,
             num_steps=num_steps,
             l2_clip_norm=l2_clip_norm,
-            noise_multiplier=noise_multiplier,
+            noise_multiplier=multiplier_on_grid(noise_multiplier, precision),
             noise=noise,
             accountant=accountant,
             dataset_size=dataset_size,
+            num_parameters=num_parameters,
         )
 
     @property
+    def finite_precision(self) -> FinitePrecision | None:
+        """Grid and cost of noise ``"exact"``; None for the others, whose analysis is one of real numbers."""
+        return finite_precision(
+            self.noise,
+            epsilon=self.epsilon,
+            delta=self.delta,
+            l2_clip_norm=self.l2_clip_norm,
+            num_parameters=self.num_parameters,
+            num_steps=self.num_steps,
+            noise_multiplier=self.noise_multiplier,
+        )
+
+    @property
+    def accounted_delta(self) -> float:
+        """The δ at which the accountant is asked: ``delta`` less what finite precision costs."""
+        precision = self.finite_precision
+        return self.delta if precision is None else self.delta - precision.delta
+
+    @property
     def event(self) -> PoissonSampledGaussian:
-        """What the accountant is told about the whole run."""
+        """What the accountant is told about the whole run: σ over the bound of what is really noised."""
+        precision = self.finite_precision
+        factor = 1.0 if precision is None else precision.sensitivity_factor
         return PoissonSampledGaussian(
-            sampling_prob=self.sampling_prob, noise_multiplier=self.noise_multiplier, num_steps=self.num_steps
+            sampling_prob=self.sampling_prob,
+            noise_multiplier=self.noise_multiplier / factor,
+            num_steps=self.num_steps,
         )
 
     @property
@@ -223,11 +268,12 @@ class PrivacyPlan:
     @property
     def guarantee(self) -> Guarantee:
         """The five statements, for the certificate."""
+        precision = self.finite_precision
         return Guarantee(
             neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
             privacy_unit=PrivacyUnit.EXAMPLE,
             sensitivity=f"L2 norm {self.l2_clip_norm:g} of each step's sum of clipped gradients, over all "
-            "parameters together",
+            f"parameters together{'' if precision is None else precision.statement}",
             public=(
                 *(field.name for field in fields(self)),
                 "model architecture",
@@ -255,17 +301,24 @@ class PrivacyPlan:
             )
         if count == 0:
             return 0.0
-        return _epsilon(self.sampling_prob, self.noise_multiplier, count, self.delta, self.accountant)
+        return _epsilon(
+            self.sampling_prob, self.event.noise_multiplier, count, self.accounted_delta, self.accountant
+        )
 
     def epsilon_schedule(self) -> Callable[[int], float]:
         """Returns a cheap upper bound of ε after k steps, for showing progress."""
         if self.accountant == "rdp":
             return self.epsilon_after
-        return _schedule(self.sampling_prob, self.noise_multiplier, self.num_steps, self.delta)
+        return _schedule(
+            self.sampling_prob, self.event.noise_multiplier, self.num_steps, self.accounted_delta
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values; ``from_dict`` reads them back to an equal plan."""
-        return asdict(self)
+        values = asdict(self)
+        if self.num_parameters is None:
+            del values["num_parameters"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyPlan:
@@ -275,7 +328,7 @@ class PrivacyPlan:
             InvalidInputError: If a field is missing, unknown or out of range, or the claim does not hold.
         """
         known = {field.name for field in fields(cls)}
-        wrong = sorted(known.symmetric_difference(values))
+        wrong = sorted(known.symmetric_difference(values) - {"num_parameters"})
         if wrong:
             raise InvalidInputError(
                 "plan",

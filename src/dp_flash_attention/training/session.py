@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from dp_flash_attention.core.errors import (
 )
 from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.core.validation import non_negative_int, positive_int
-from dp_flash_attention.noise import NormalGenerator, SecureBits, make_generator
+from dp_flash_attention.noise import SecureBits
 from dp_flash_attention.training.microbatches import (
     CollateFn,
     LogicalStep,
@@ -47,6 +47,8 @@ from dp_flash_attention.training.ownership import check_same_parameters
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.sampler import PoissonSampler
 from dp_flash_attention.training.secrets import RunKeys
+from dp_flash_attention.training.step_noise import GridNoise, make_step_noise
+from dp_flash_attention.training.step_noise import add_normals as _add_noise
 
 _PROBE_ROWS = 3
 
@@ -70,7 +72,8 @@ class PrivateSession:
         public: the plan, the model's architecture and initial parameters, the optimizer and its settings.
         theorem: step t releases ``(1/B̄)(Σ_{i∈S_t} clip_C(g_i) + N(0, σ²C² I))`` with a Poisson sample
             S_t, once, and nothing else; the parameters after any number of steps are post-processing. The
-            whole run is (ε, δ)-DP by ``PrivacyPlan``'s theorem, up to float32 rounding of sums and noise.
+            whole run is (ε, δ)-DP by ``PrivacyPlan``'s theorem, up to float32 rounding of sums and noise (with
+            noise ``"exact"``: of sums alone, before they are rounded to the grid).
 
         Not covered: what ``accumulate`` returns, the number of microbatches, and time, memory and
         errors during training, which depend on the sample.
@@ -108,7 +111,8 @@ class PrivateSession:
         check_same_parameters(model, optimizer, self._accumulator.parameters)
         keys.claim()
         self.uses_test_key = keys.uses_test_key
-        self._generator: NormalGenerator = make_generator(plan.noise, keys.derive("noise"))
+        num_parameters = sum(parameter.numel() for parameter in self._accumulator.parameters.values())
+        self._generator = make_step_noise(plan, keys.derive("noise"), num_parameters=num_parameters)
         self._sampling_key = keys.derive("sampling")
         self._dropout_bits = SecureBits(keys.derive("dropout"))
         self._source: RecordSource | None = None
@@ -279,11 +283,18 @@ class PrivateSession:
 
     def _set_noisy_gradients(self, step_index: int) -> None:
         """Releases (Σ clip(g_i) + N(0, σ²C²)) / B̄ into ``.grad``."""
+        parameters = self._accumulator.parameters
+        for name, noisy in self._noisy_sums(step_index):
+            parameters[name].grad = noisy.div_(self.plan.expected_batch_size).to(parameters[name].dtype)
+
+    def _noisy_sums(self, step_index: int) -> Iterator[tuple[str, Tensor]]:
+        sums, generator = self._accumulator.sums, self._generator
+        if isinstance(generator, GridNoise):
+            yield from generator.add(sums, step=step_index)
+            return
         stddev = self.plan.noise_multiplier * self._accumulator.sensitivity.l2
-        sums = self._accumulator.sums
-        for stream, (name, parameter) in enumerate(self._accumulator.parameters.items()):
-            noisy = _add_noise(self._generator, sums[name], stddev=stddev, step=step_index, stream=stream)
-            parameter.grad = noisy.div_(self.plan.expected_batch_size).to(parameter.dtype)
+        for stream, (name, total) in enumerate(sums.items()):
+            yield name, _add_noise(generator, total, stddev=stddev, step=step_index, stream=stream)
 
     def _draw_steps(self, microbatch_size: int) -> Iterator[LogicalStep]:
         while self._step_index < self.plan.num_steps:
@@ -331,18 +342,6 @@ class PrivateSession:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
-
-
-class _AddsNormals(Protocol):
-    def add_normal_(self, out: Tensor, *, stddev: float, step: int, stream: int) -> Tensor: ...
-
-
-def _add_noise(generator: _AddsNormals, total: Tensor, *, stddev: float, step: int, stream: int) -> Tensor:
-    if total.device.type == "cpu":
-        return generator.add_normal_(total, stddev=stddev, step=step, stream=stream)
-    # The generators write to the CPU; the sum crosses over and back.
-    noisy = generator.add_normal_(total.cpu(), stddev=stddev, step=step, stream=stream)
-    return noisy.to(total.device)
 
 
 def make_private(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dp_flash_attention.clipping.reference import clipped_sum, per_example_gradients
 from dp_flash_attention.core.validation import open_unit
 from dp_flash_attention.noise import SecureBits, TestKey, make_generator
+from dp_flash_attention.noise.rounded_gaussian import RoundedGaussian
 from dp_flash_attention.training.microbatches import RecordSource
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.secrets import RunKeys
@@ -159,7 +160,6 @@ def _definition(
     key: TestKey,
     index: int,
 ) -> dict[str, Tensor]:
-    generator = make_generator(plan.noise, key.derive("noise"))
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
     if len(sample) > 0:
@@ -168,12 +168,28 @@ def _definition(
         )
         sums, _ = clipped_sum(gradients, l2_clip_norm=plan.l2_clip_norm)
     stddev = plan.noise_multiplier * plan.l2_clip_norm
+    if plan.noise == "exact":
+        return _on_grid(sums, plan, key, index)
+    generator = make_generator(plan.noise, key.derive("noise"))
     for stream, (name, parameter) in enumerate(parameters.items()):
         noise = generator.fill_normal_(
             torch.empty_like(parameter.detach()), stddev=stddev, step=index, stream=stream
         )
         sums[name] = (sums[name].double() + noise.double()) / plan.expected_batch_size
     return sums
+
+
+def _on_grid(sums: dict[str, Tensor], plan: PrivacyPlan, key: TestKey, index: int) -> dict[str, Tensor]:
+    """Exact noise of a small model, whose tensors all read one stream."""
+    precision = plan.finite_precision
+    assert precision is not None, "exact noise has a grid"
+    flat = torch.cat([total.double().flatten() for total in sums.values()])
+    noise = RoundedGaussian(plan.noise_multiplier * plan.l2_clip_norm / precision.grid).draw(
+        key.derive("noise"), len(flat), step=index, stream=0
+    )
+    noisy = ((flat / precision.grid).round() + torch.from_numpy(noise)) * precision.grid
+    parts = torch.split(noisy / plan.expected_batch_size, [total.numel() for total in sums.values()])
+    return {name: part.view(sums[name].shape) for name, part in zip(sums, parts, strict=True)}
 
 
 def _two_sided(quantile: Callable[[float], float], false_alarm_rate: float) -> tuple[float, float]:

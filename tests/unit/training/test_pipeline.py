@@ -3,7 +3,7 @@
 import json
 import math
 import stat
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from dp_flash_attention.core.errors import (
     RunStateError,
 )
 from dp_flash_attention.noise import TestKey
-from dp_flash_attention.training import pipeline
+from dp_flash_attention.training import PrivacyPlan, pipeline
 from dp_flash_attention.training.certificate import Certificate
 from dp_flash_attention.training.choices import RunRequest
 from dp_flash_attention.training.pipeline import Observer, run_private_training
@@ -296,3 +296,40 @@ def test_the_observer_sees_every_step_and_the_budget_grow(task, tmp_path):
     assert spent == sorted(spent)
     assert 0.0 < spent[0] < spent[-1] <= 2.0
     assert not any(math.isnan(report.examples_per_s) for report in seen)
+
+
+EXACT = replace(REQUEST, noise="exact", dataset_size=300)
+
+
+def test_exact_noise_from_start_to_certificate_and_across_a_kill(task, tmp_path):
+    unbroken = run_private_training(task, EXACT, out_dir=tmp_path / "unbroken", test_key=KEY)
+    with pytest.raises(Killed):
+        run_private_training(
+            task, EXACT, out_dir=tmp_path / "killed", test_key=KEY, observer=stop_at_step(None, 2)
+        )
+    run_private_training(task, EXACT, out_dir=tmp_path / "killed", resume=True)
+    assert results(tmp_path / "killed") == results(unbroken.path)
+    other = run_private_training(
+        task, replace(EXACT, noise="secure"), out_dir=tmp_path / "secure", test_key=KEY
+    )
+    assert results(other.path)["model.safetensors"] != results(unbroken.path)["model.safetensors"]
+
+
+def test_the_certificate_of_exact_noise_can_be_computed_again_and_an_altered_one_cannot(task, tmp_path):
+    outcome = run_private_training(task, EXACT, out_dir=tmp_path / "run")
+    certificate = Certificate.read(tmp_path / "run" / "certificate.json").to_dict()
+    training = next(part for part in certificate["mechanisms"] if part["name"] == "training")
+    again = PrivacyPlan.from_dict(training["parameters"])
+    assert again == outcome.plan
+    stated = certificate["certified"]["finite_precision"]
+    assert stated["delta_of_the_accountant"] == again.accounted_delta
+    assert {name: stated[name] for name in asdict(again.finite_precision)} == asdict(again.finite_precision)
+    assert certificate["certified"]["training_epsilon_by_pld"] == again.accounted_epsilon <= again.epsilon
+    assumed = " ".join(certificate["assumed"])
+    assert "float32 sums of clipped gradients, before they are rounded" in assumed
+    assert "no attack on AES-256" in assumed
+    assert "rounding of sums and noise is not part" not in assumed
+    with pytest.raises(InvalidInputError, match="epsilon"):
+        PrivacyPlan.from_dict(training["parameters"] | {"noise_multiplier": 0.9 * again.noise_multiplier})
+    with pytest.raises(InvalidInputError, match="num_parameters"):
+        PrivacyPlan.from_dict(training["parameters"] | {"num_parameters": None})
