@@ -10,10 +10,11 @@ from torch import Tensor
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.noise import DiscreteGaussianGenerator, ExactCipher
 from dp_flash_attention.noise.targets import runs_on_kernel
-from dp_flash_attention.quantum.grid import check_reach
+from dp_flash_attention.quantum.values import LARGEST_FLOAT, MAX_MAGNITUDE
 
 # Others would be rounded or saturated on their way back, which the host does.
 _NATIVE = (torch.float32, torch.float64, torch.int64)
+_REACH = int(MAX_MAGNITUDE)
 
 
 def stays_on_device(value: object, cipher: ExactCipher) -> bool:
@@ -50,13 +51,20 @@ def checked_on_device(value: Tensor) -> Tensor:
 
 
 def projected_on_device(value: Tensor, l2_clip_norm: float) -> Tensor:
-    """Returns ``value`` in double precision, projected onto the ball of that L2 norm.
+    """Returns ``value`` in double precision, bounded as on the host, projected onto the ball of that L2 norm.
 
     Any order of summation rounds the norm by no more than the slack that the plan of a clipped release holds.
     """
-    wide = value.double()
+    wide = bounded_on_device(value, limit=LARGEST_FLOAT)
     norm = math.sqrt(float(wide.square().sum()))
     return wide * (l2_clip_norm / norm) if norm > l2_clip_norm else wide
+
+
+def bounded_on_device(value: Tensor, *, limit: float, scale: float = 1.0) -> Tensor:
+    """Returns ``value * scale`` in double precision as ``values.write_bounded`` writes it: whatever it holds, nothing raises."""
+    if value.dtype is torch.int64:
+        value = value.clamp(-_REACH, _REACH)
+    return (value.double() * scale).nan_to_num_(nan=0.0).clamp_(-limit, limit)
 
 
 def add_on_device(
@@ -72,21 +80,13 @@ def add_on_device(
         dtype: Of the result; rounding to it comes last.
 
     Raises:
-        InvalidInputError: If a number is not finite, or too large for the grid. Nothing is drawn then.
         NoiseUnavailableError: If the kernel does not agree with the CPU on this device.
     """
-    low, high = (float(end) for end in torch.aminmax(value))
-    if not math.isfinite(low) or not math.isfinite(high):
-        raise InvalidInputError(
-            "value", "not shown", bound="finite (no NaN, no infinity)", remedy="Find where it overflowed."
-        )
-    check_reach(max(-low, high), grid)
     if value.dtype is torch.int64 and grid == 1.0:
-        counts = value.clone(memory_format=torch.contiguous_format)
+        counts = value.clamp(-_REACH, _REACH).contiguous()
     else:
-        counts = (
-            (value.double() * (1.0 / grid)).round_().to(torch.int64).contiguous()
-        )  # halves to even, as rint
+        numbers = bounded_on_device(value, limit=MAX_MAGNITUDE, scale=1.0 / grid)
+        counts = numbers.round_().to(torch.int64).contiguous()  # halves to even, as rint
     generator.add_(counts, step=step, stream=0)
     if dtype is torch.int64:
         return counts if grid == 1.0 else (counts.double() * grid).round_().to(torch.int64)
