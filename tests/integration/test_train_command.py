@@ -36,12 +36,13 @@ def wait_for(condition, process):
         time.sleep(0.01)
 
 
-def test_killed_and_resumed_until_it_ends(small_table, tmp_path):
+@pytest.mark.parametrize("noise", ["secure", "exact"])
+def test_killed_and_resumed_until_it_ends(small_table, tmp_path, noise):
     out = tmp_path / "run"
     draw = random.Random(7)
     process = start(
         "--data", small_table(), "--label", "kind", "--out", out, "--dataset-size", 300,
-        "--steps", 60, "--expected-batch-size", 64, "--twin",
+        "--steps", 60, "--expected-batch-size", 64, "--twin", "--noise", noise,
     )  # fmt: skip
     checkpoints = out / "checkpoints"
     deaths = 0
@@ -62,6 +63,7 @@ def test_killed_and_resumed_until_it_ends(small_table, tmp_path):
     assert deaths >= 2
     certificate = json.loads((out / "certificate.json").read_text())
     assert certificate["claim"]["holds"] is True
+    assert ("finite_precision" in certificate["certified"]) is (noise == "exact")
     assert (out / "report.html").exists()
     assert not (out / ".secrets").exists()
     steps = [
