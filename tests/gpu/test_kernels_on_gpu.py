@@ -18,6 +18,7 @@ from dp_flash_attention.attention.reference import reference_attention, referenc
 from dp_flash_attention.clipping import norms
 from dp_flash_attention.clipping.kernels import embedding_norm, gram_norm, outer_norm
 from dp_flash_attention.core.errors import NoiseReuseError, NoiseUnavailableError
+from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
 from dp_flash_attention.noise import (
     DiscreteGaussianGenerator,
     FastNormalGenerator,
@@ -26,6 +27,7 @@ from dp_flash_attention.noise import (
     make_generator,
 )
 from dp_flash_attention.noise.keystream import MAX_STEP, MAX_STREAM, TILE_NUMBERS
+from dp_flash_attention.quantum import PostQuantumGaussian
 
 pytestmark = pytest.mark.gpu
 
@@ -81,6 +83,19 @@ def test_exact_noise_is_that_of_the_cpu_in_every_bit(stddev, size):
     assert torch.equal(poisoned[:size].cpu(), want)
     start = torch.arange(size)
     assert torch.equal(made.add_(start.cuda(), **where).cpu(), start + want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_a_release_stays_on_the_device_and_is_the_host_s(dtype):
+    one = Sensitivity(l2=1.0, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    budget = PrivacyBudget(epsilon=1.0, delta=1e-6)
+    value = (torch.arange(40) * 3.3).to(dtype)
+    found, want = (
+        PostQuantumGaussian(key=KEY, cipher="chacha20", grid=2.0**-3).release(given, one, budget).value
+        for given in (value.cuda(), value)
+    )
+    assert found.is_cuda
+    assert torch.equal(found.cpu(), want)
 
 
 def test_a_capture_is_refused():

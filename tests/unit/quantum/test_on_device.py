@@ -50,10 +50,10 @@ def mechanism(**settings):
 @pytest.mark.parametrize("clip", [None, 0.75])
 def test_the_release_is_the_host_s_number_for_number(dtype, clip, on_kernel):
     value = (torch.arange(-20, 20).reshape(8, 5) * 3.3).to(dtype)
-    device = mechanism(l2_clip_norm=clip, grid=2.0**-6).release(value, ONE, BUDGET)
+    device = mechanism(l2_clip_norm=clip, grid=2.0**-3).release(value, ONE, BUDGET)
     assert on_kernel == [40]
     on_kernel.active = False
-    host = mechanism(l2_clip_norm=clip, grid=2.0**-6).release(value.numpy(), ONE, BUDGET)
+    host = mechanism(l2_clip_norm=clip, grid=2.0**-3).release(value.numpy(), ONE, BUDGET)
     assert on_kernel == [40]
     assert device.value.dtype is dtype
     assert device.value.shape == value.shape
@@ -64,9 +64,9 @@ def test_the_release_is_the_host_s_number_for_number(dtype, clip, on_kernel):
 
 def test_strides_and_a_coarse_grid_change_nothing(on_kernel):
     value = torch.arange(60.0).reshape(6, 10).T
-    device = mechanism(grid=2.0**-6).release(value, ONE, BUDGET).value
+    device = mechanism(grid=2.0**-3).release(value, ONE, BUDGET).value
     on_kernel.active = False
-    host = mechanism(grid=2.0**-6).release(value.numpy(), ONE, BUDGET).value
+    host = mechanism(grid=2.0**-3).release(value.numpy(), ONE, BUDGET).value
     np.testing.assert_array_equal(device.numpy(), host)
 
 
@@ -83,7 +83,7 @@ def test_wide_noise_is_made_of_layers_and_accounted_as_such(on_kernel):
 
 
 def test_two_releases_differ(on_kernel):
-    one = mechanism()
+    one = mechanism(grid=2.0**-3)
     value = torch.zeros(40)
     assert not torch.equal(one.release(value, ONE, BUDGET).value, one.release(value, ONE, BUDGET).value)
     assert not value.any()
