@@ -6,11 +6,12 @@ into a new directory, all of it or nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -63,7 +64,7 @@ def seal_run(directory: Path, target: Path, recipients: Sequence[EncapsulationKe
                 remedy="Sign again.",
             )
     with _new_file(target) as file:
-        seal_stream(cast(BinaryIO, _Reader(directory, names)), file, recipients)
+        seal_stream(cast(BinaryIO, _Reader(directory, names, signed["files"])), file, recipients)
     return tuple(names)
 
 
@@ -123,10 +124,13 @@ def _is_signed(directory: Path, name: str, signed: dict[str, Any]) -> bool:
 
 
 class _Reader:
-    """The bundle's plaintext as a stream, read from the files as it goes."""
+    """The bundle's plaintext as a stream, read from the files as it goes and held against what was signed."""
 
-    def __init__(self, directory: Path, names: Sequence[str]) -> None:
+    def __init__(
+        self, directory: Path, names: Sequence[str], signed: Mapping[str, Any] | None = None
+    ) -> None:
         index = [{"name": name, "size": (directory / name).stat().st_size} for name in names]
+        self._signed = {} if signed is None else signed
         text = json.dumps(index).encode()
         self._parts = self._all(len(text).to_bytes(_LENGTH_BYTES, "big") + text, directory, index)
         self._rest = b""
@@ -137,16 +141,18 @@ class _Reader:
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken
 
-    @staticmethod
-    def _all(start: bytes, directory: Path, index: Sequence[dict[str, Any]]) -> Iterator[bytes]:
+    def _all(self, start: bytes, directory: Path, index: Sequence[dict[str, Any]]) -> Iterator[bytes]:
         yield start
         for entry in index:
-            left = entry["size"]
+            left, digest = entry["size"], hashlib.sha256()
             with open(directory / entry["name"], "rb") as file:
                 while left > 0 and (part := file.read(min(left, 1 << 16))):
                     left -= len(part)
+                    digest.update(part)
                     yield part
-            if left:
+            expected = self._signed.get(entry["name"], {"sha256": digest.hexdigest()})["sha256"]
+            # The file was looked at before; what counts is what was read now.
+            if left or digest.hexdigest() != expected:
                 raise InvalidInputError(
                     "file", entry["name"], bound="left alone while it is sealed", remedy="Seal again."
                 )

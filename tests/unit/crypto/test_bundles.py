@@ -84,14 +84,16 @@ def test_a_missing_file_is_named(run, tmp_path):
         seal_run(run, tmp_path / "sealed", [BOB.public])
 
 
-def test_a_file_that_shrinks_meanwhile_leaves_nothing(run, tmp_path, monkeypatch):
-    grown = _Reader._all
+@pytest.mark.parametrize("content", [b"short", bytes(256_000), bytes(256_001)])
+def test_a_file_that_changes_meanwhile_leaves_nothing(run, tmp_path, monkeypatch, content):
+    """After it was checked and before it is read: what is sent has to be what was signed."""
+    read = _Reader._all
 
-    def shrink(start, directory, index):
-        (run / "model.safetensors").write_bytes(b"short")
-        return grown(start, directory, index)
+    def change(self, start, directory, index):
+        (run / "model.safetensors").write_bytes(content)
+        return read(self, start, directory, index)
 
-    monkeypatch.setattr(_Reader, "_all", staticmethod(shrink))
+    monkeypatch.setattr(_Reader, "_all", change)
     with pytest.raises(InvalidInputError, match="left alone"):
         seal_run(run, tmp_path / "sealed", [BOB.public])
     assert not (tmp_path / "sealed").exists()

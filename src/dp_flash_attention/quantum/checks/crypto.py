@@ -16,7 +16,6 @@ from importlib.resources import files
 from typing import Any
 
 from dp_flash_attention.core.errors import DependencyMissingError, InvalidInputError
-from dp_flash_attention.quantum.checks.acvp import acvp_checks
 from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
 
 # What the submissions state for the primal attack on keys, in bits: block size, classical, quantum (Kyber
@@ -52,7 +51,6 @@ def crypto_checks(*, deep: bool = False) -> list[NamedCheck]:
     return [
         ("known answers of ML-KEM", known_answers_of_ml_kem),
         ("known answers of ML-DSA", known_answers_of_ml_dsa),
-        *acvp_checks(),
         ("hybrid key agreement", hybrid_key_agreement),
         ("altered signatures", lambda: altered_signatures(step=1 if deep else 97)),
         ("altered records", lambda: altered_records(step=1 if deep else 7)),
