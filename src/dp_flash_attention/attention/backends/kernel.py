@@ -99,6 +99,7 @@ class _Attend(torch.autograd.Function):
                 part_lse.masked_fill_(blind, -math.inf)
                 part = part.masked_fill(blind.unsqueeze(-1), 0.0)
             out, lse = (part, part_lse) if out is None or lse is None else _merge(out, lse, part, part_lse)
+            del part, part_lse  # or the next pass would run beside this one's output
         if out is None or lse is None:
             out = q.new_zeros((*q.shape[:3], v.shape[-1]))
             lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device=q.device)

@@ -93,6 +93,7 @@ class PlainBackend:
             )
             exact = self._attend(part, *_clipped_into(part, scratch))
             _finish(out, exact, call, entry=entries.start, head=heads.start)
+            del exact  # or the next slice would run beside this one's output
         return out
 
 
