@@ -20,18 +20,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from dp_flash_attention.clipping.accumulator import ClippedGradientAccumulator, MicrobatchNorms
 from dp_flash_attention.clipping.norms import cancellation_deferred
 from dp_flash_attention.clipping.precision import full_precision
 from dp_flash_attention.clipping.random_state import RandomState
+from dp_flash_attention.clipping.trace_key import TraceKey
 from dp_flash_attention.core.errors import CompilationError, DPFlashAttentionError, InvalidInputError
 
 # A loss function made anew for each microbatch over other values would be traced each time, for a minute each.
@@ -46,12 +45,21 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class _GraphResult:
-    """What the graph returns of one microbatch."""
+    """What a graph returns of one microbatch."""
 
     sums: dict[str, Tensor]
     sq_norms_B: Tensor
     losses_B: Tensor
     needs_eager: Tensor
+
+
+@dataclass(kw_only=True)
+class _Graph:
+    """A compiled step, and whether a result of it was compared with the eager step yet."""
+
+    key: TraceKey
+    run: Callable[..., _GraphResult]
+    agrees: bool = False
 
 
 class CompiledClipping:
@@ -72,7 +80,7 @@ class CompiledClipping:
 
     def __init__(self, accumulator: ClippedGradientAccumulator, model: nn.Module) -> None:
         self._accumulator, self._model = accumulator, model
-        self._graphs: list[tuple[_Key, Callable[..., _GraphResult]]] = []
+        self._graphs: list[_Graph] = []
         for name, parameter in accumulator.parameters.items():
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise InvalidInputError(
@@ -115,21 +123,19 @@ class CompiledClipping:
             )
         checked_B = self._accumulator.checked_weights(weights, batch_size=batch_size, device=device)
 
-        def eager() -> MicrobatchNorms:
-            return self._accumulator.add(
-                lambda: loss_fn(self._model, inputs), batch_size=batch_size, weights=weights
-            )
-
         random_state = RandomState(device)
         with full_precision(device):
-            graph, is_new = self._graph_for(loss_fn, inputs, checked_B)
+            graph = self._graph_for(loss_fn, inputs, checked_B)
             random_state.rewind()
-            result = _run(graph, self._state(), inputs, checked_B)
+            result = _run(graph.run, self._state(), inputs, checked_B)
             random_state.rewind()
             if bool(result.needs_eager):
-                return eager()
-            if is_new:
+                return self._accumulator.add(
+                    lambda: loss_fn(self._model, inputs), batch_size=batch_size, weights=weights
+                )
+            if not graph.agrees:
                 self._check_agreement(result, loss_fn, inputs, checked_B)
+                graph.agrees = True
             self._accumulator.add_sums(result.sums)
         return MicrobatchNorms(norms=result.sq_norms_B.sqrt(), losses=result.losses_B)
 
@@ -139,21 +145,19 @@ class CompiledClipping:
             self._model.named_buffers()
         )
 
-    def _graph_for(
-        self, loss_fn: LossFn, inputs: Any, weights_B: Tensor
-    ) -> tuple[Callable[..., _GraphResult], bool]:
-        key = _Key.of(self._model, loss_fn, inputs)
-        for known, graph in self._graphs:
-            if known == key:
-                return graph, False
+    def _graph_for(self, loss_fn: LossFn, inputs: Any, weights_B: Tensor) -> _Graph:
+        key = TraceKey.of(self._model, loss_fn, inputs)
+        for graph in self._graphs:
+            if graph.key == key:
+                return graph
         if len(self._graphs) >= _MOST_TRACES:
             raise CompilationError(
                 f"the step would be traced for the {_MOST_TRACES + 1}th time. Give accumulate() the same loss function "
                 f"and inputs of the same shapes each time (pad to one length), or train without compile."
             )
-        graph = self._trace(loss_fn, inputs, weights_B)
-        self._graphs.append((key, graph))
-        return graph, True
+        graph = _Graph(key=key, run=self._trace(loss_fn, inputs, weights_B))
+        self._graphs.append(graph)
+        return graph
 
     def _trace(self, loss_fn: LossFn, inputs: Any, weights_B: Tensor) -> Callable[..., _GraphResult]:
         step = _Step(self._model, self._accumulator, loss_fn)
@@ -191,26 +195,18 @@ class CompiledClipping:
         return call
 
     def _check_agreement(self, result: _GraphResult, loss_fn: LossFn, inputs: Any, weights_B: Tensor) -> None:
-        """Compares the graph's first result with the eager one."""
-        tape, losses = self._accumulator.record(
+        """Compares the first result of a graph that would be used with the eager one: each norm, losses, each sum."""
+        tape, losses_B = self._accumulator.record(
             lambda: loss_fn(self._model, inputs), batch_size=len(weights_B)
         )
         sums, sq_norms_B = self._accumulator.clipped_sums(tape, weights_B)
-        pairs = [
-            ("norms", result.sq_norms_B.sqrt(), sq_norms_B.sqrt()),
-            ("losses", result.losses_B, losses),
-        ] + [(f"the sum of {name}", result.sums[name], sums[name]) for name in sums]
-        # A parameter's sum may be tiny beside the others, whose rounding it inherits.
+        # What is tiny beside C inherits the rounding of what is not.
         least = self._accumulator.sensitivity.l2 * 1e-3
-        for what, ours, reference in pairs:
-            floor = least if what.startswith("the sum") else 0.0
-            difference, size = float((ours - reference).norm()), float(reference.norm())
-            if not difference <= _AGREEMENT * max(size, floor):
-                self._graphs.clear()
-                raise CompilationError(
-                    f"the compiled step disagrees with the eager one: {what} differ by {difference:.2g} of {size:.2g}. "
-                    f"Nothing was added. Train without compile, and report this."
-                )
+        norms_B = sq_norms_B.sqrt()
+        _require("a norm", (result.sq_norms_B.sqrt() - norms_B).abs(), norms_B.clamp(min=least))
+        _require("losses", (result.losses_B - losses_B).norm(), losses_B.norm())
+        for name, total in sums.items():
+            _require(f"the sum of {name}", (result.sums[name] - total).norm(), total.norm().clamp(min=least))
 
 
 class _Step(nn.Module):
@@ -234,68 +230,12 @@ class _Step(nn.Module):
         return sums, sq_norms_B, losses_B, needs_eager
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Key:
-    """What a trace depends on; equal keys share a graph."""
-
-    objects: tuple[object, ...]
-    values: tuple[object, ...]
-
-    @staticmethod
-    def of(model: nn.Module, loss_fn: LossFn, inputs: Any) -> _Key:
-        leaves, tree = pytree.tree_flatten(inputs)
-        objects, values = _function_parts(loss_fn)
-        described = tuple(
-            (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
+def _require(what: str, difference: Tensor, size: Tensor) -> None:
+    if not bool((difference <= _AGREEMENT * size).all()):  # a NaN is none
+        raise CompilationError(
+            f"the compiled step disagrees with the eager one: {what} differs by more than {_AGREEMENT:g} of its size. "
+            f"Nothing was added. Train without compile, and report this."
         )
-        trained = tuple(
-            (name, p.requires_grad, p.dtype, p.device, tuple(p.shape)) for name, p in model.named_parameters()
-        )
-        return _Key(
-            objects=(*objects, *model.modules()),
-            values=(
-                values,
-                tree,
-                described,
-                trained,
-                tuple(module.training for module in model.modules()),
-                torch.get_default_dtype(),
-                torch.are_deterministic_algorithms_enabled(),
-            ),
-        )
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Key)
-            and len(self.objects) == len(other.objects)
-            and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
-            and _same(self.values, other.values)
-        )
-
-
-def _same(first: object, second: object) -> bool:
-    # 1, 1.0 and True are equal and not the same to a trace.
-    if isinstance(first, tuple) and isinstance(second, tuple):
-        return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True))
-    return type(first) is type(second) and bool(first == second)
-
-
-def _function_parts(function: Any) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Returns what identifies a function: objects by identity, plain values by equality.
-
-    A lambda written in a loop is a new object each time, with the same code and, mostly, the same surroundings.
-    """
-    if isinstance(function, MethodType):
-        objects, values = _function_parts(function.__func__)
-        return (function.__self__, *objects), values
-    if not isinstance(function, FunctionType):
-        return (function,), ()
-    around = [cell.cell_contents for cell in function.__closure__ or ()]
-    around += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    plain = tuple(x for x in around if isinstance(x, int | float | str | bool | None))
-    others = tuple(x for x in around if not isinstance(x, int | float | str | bool | None))
-    return (function.__code__, function.__globals__, *others), plain
 
 
 def _run(graph: Callable[..., _GraphResult], *arguments: Any) -> _GraphResult:

@@ -271,6 +271,46 @@ def test_a_compiler_that_computes_something_else_is_found_out(monkeypatch, what)
     assert not any(total.any() for total in ours.sums.values())
 
 
+def test_a_graph_whose_first_microbatch_went_the_eager_way_is_compared_at_its_first_use(monkeypatch):
+    def wrong(graph, **_):
+        def run(*arguments):
+            sums, sq_norms_B, losses_B, needs_eager = graph(*arguments)
+            return {n: 2.0 * s for n, s in sums.items()}, sq_norms_B, losses_B, needs_eager
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    step, ours, eager = both(Dropping().eval())
+    x, y = rows_of(3)
+    broken = y.clone()
+    broken[0] = float("nan")
+    found = step.add(squares, (x, broken), batch_size=3)
+    expected = eager.add(lambda: squares(step._model, (x, broken)), batch_size=3)
+    assert_same(ours, eager, found, expected)
+    for _ in range(2):
+        with pytest.raises(CompilationError, match="disagrees"):
+            step.add(squares, (x, y), batch_size=3)
+    assert_same(ours, eager, found, expected)
+    assert step.num_traces == 1
+
+
+def test_one_example_s_wrong_norm_is_not_hidden_by_the_large_ones(monkeypatch):
+    def wrong(graph, **_):
+        def run(*arguments):
+            sums, sq_norms_B, losses_B, needs_eager = graph(*arguments)
+            smallest = sq_norms_B == sq_norms_B.min()
+            return sums, torch.where(smallest, 0.25 * sq_norms_B, sq_norms_B), losses_B, needs_eager
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    step, _, _ = both(Dropping().eval())
+    x, y = rows_of(3)
+    y[0] = 1e6
+    with pytest.raises(CompilationError, match="a norm"):
+        step.add(squares, (x, y), batch_size=3)
+
+
 def test_a_missing_compiler_is_said_with_its_remedy(monkeypatch):
     def failing(graph, **_):
         def run(*_):
