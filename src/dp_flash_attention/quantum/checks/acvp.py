@@ -7,13 +7,11 @@ has no interface for: encapsulation with chosen coins, and decapsulation with ke
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 from collections.abc import Iterator
-from importlib.resources import files
 from typing import Any
 
+from dp_flash_attention.quantum.checks.vectors import counted, from_base64, read_vectors, sha3_256
 from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
 
 
@@ -33,11 +31,10 @@ def key_generation() -> Iterator[Evidence]:
     for scheme in (ml_kem_768, ml_kem_1024, ml_dsa_65, ml_dsa_87):
         cases = _vectors()["key_generation"][scheme.name]
         good = sum(
-            hashlib.sha3_256(scheme.public_key(_bytes(case["seed"]))).hexdigest()
-            == case["public_key_sha3_256"]
+            sha3_256(scheme.public_key(from_base64(case["seed"]))) == case["public_key_sha3_256"]
             for case in cases
         )
-        yield _counted(
+        yield counted(
             f"{scheme.name}: NIST's keys",
             "Seeds give the public keys of NIST's ACVP vectors.",
             good,
@@ -51,13 +48,16 @@ def verification() -> Iterator[Evidence]:
         cases = group["cases"]
         good = sum(
             _accepts_internally(
-                name, _bytes(group["public_key"]), _bytes(case["message"]), _bytes(case["signature"])
+                name,
+                from_base64(group["public_key"]),
+                from_base64(case["message"]),
+                from_base64(case["signature"]),
             )
             == case["passes"]
             for case in cases
         )
         accepted = sum(case["passes"] for case in cases)
-        yield _counted(
+        yield counted(
             f"{name}: NIST's signatures",
             f"{accepted} good signature of NIST's ACVP vectors verifies; altered ones, one with too many hints and one "
             "whose z is too large do not.",
@@ -84,23 +84,5 @@ def _accepts_internally(name: str, public_key: bytes, message: bytes, signature:
 
 
 def _vectors() -> dict[str, Any]:
-    text = (
-        files("dp_flash_attention.quantum.checks").joinpath("acvp_vectors.json").read_text(encoding="utf-8")
-    )
-    vectors: dict[str, Any] = json.loads(text)
+    vectors: dict[str, Any] = read_vectors("acvp_vectors.json")
     return vectors
-
-
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text)
-
-
-def _counted(name: str, claim: str, good: int, total: int) -> Evidence:
-    return Evidence(
-        name=name,
-        claim=claim,
-        measured=f"{good} of {total} cases",
-        bound=f"{total} of {total}, at least 1",
-        holds=good == total >= 1,
-        basis="computed",
-    )

@@ -6,16 +6,14 @@ Known answers come from kyber-py and dilithium-py, which share no code with ``cr
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.resources import files
 from typing import Any
 
 from dp_flash_attention.core.errors import DependencyMissingError, InvalidInputError
+from dp_flash_attention.quantum.checks.vectors import counted, from_base64, read_vectors, sha3_256
 from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
 
 # What the submissions state for the primal attack on keys, in bits: block size, classical, quantum (Kyber
@@ -69,14 +67,14 @@ def known_answers_of_ml_kem() -> Iterator[Evidence]:
         cases = _vectors()[scheme.name]
         good = 0
         for case in cases:
-            seed, ciphertext = _bytes(case["seed"]), _bytes(case["ciphertext"])
+            seed, ciphertext = from_base64(case["seed"]), from_base64(case["ciphertext"])
             altered = bytes([ciphertext[0] ^ 1]) + ciphertext[1:]
             good += (
-                _digest(scheme.public_key(seed)) == case["public_key_sha3_256"]
+                sha3_256(scheme.public_key(seed)) == case["public_key_sha3_256"]
                 and scheme.decapsulate(seed, ciphertext).hex() == case["shared_secret"]
                 and scheme.decapsulate(seed, altered).hex() == case["shared_secret_of_altered"]
             )
-        yield _counted(
+        yield counted(
             f"{scheme.name}: known answers",
             "Key generation, decapsulation and implicit rejection of FIPS 203 give kyber-py's answers.",
             good,
@@ -92,13 +90,13 @@ def known_answers_of_ml_dsa() -> Iterator[Evidence]:
         cases = _vectors()[scheme.name]
         good = 0
         for case in cases:
-            public = scheme.public_key(_bytes(case["seed"]))
-            message, signature = _bytes(case["message"]), _bytes(case["signature"])
-            context = _bytes(case["context"])
+            public = scheme.public_key(from_base64(case["seed"]))
+            message, signature = from_base64(case["message"]), from_base64(case["signature"])
+            context = from_base64(case["context"])
             right = _accepts(partial(scheme.verify, public, message, signature, context=context))
             wrong = _accepts(partial(scheme.verify, public, message + b"x", signature, context=context))
-            good += _digest(public) == case["public_key_sha3_256"] and right and not wrong
-        yield _counted(
+            good += sha3_256(public) == case["public_key_sha3_256"] and right and not wrong
+        yield counted(
             f"{scheme.name}: known answers",
             "Key generation of FIPS 204 gives dilithium-py's keys; its signatures verify, for its messages only.",
             good,
@@ -333,19 +331,8 @@ def seed_security() -> Iterator[Evidence]:
 
 
 def _vectors() -> dict[str, list[dict[str, str]]]:
-    text = (
-        files("dp_flash_attention.quantum.checks").joinpath("crypto_vectors.json").read_text(encoding="utf-8")
-    )
-    vectors: dict[str, list[dict[str, str]]] = json.loads(text)
+    vectors: dict[str, list[dict[str, str]]] = read_vectors("crypto_vectors.json")
     return vectors
-
-
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha3_256(data).hexdigest()
 
 
 def _flipped(data: bytes, position: int) -> bytes:
@@ -364,14 +351,3 @@ def _accepts(attempt: Callable[[], Any]) -> bool:
     except (AuthenticationError, ChannelError, InvalidInputError):
         return False
     return True
-
-
-def _counted(name: str, claim: str, good: int, total: int) -> Evidence:
-    return Evidence(
-        name=name,
-        claim=claim,
-        measured=f"{good} of {total} cases",
-        bound=f"{total} of {total}, at least 1",
-        holds=good == total >= 1,
-        basis="computed",
-    )

@@ -73,20 +73,6 @@ def test_a_number_that_is_not_finite_is_seen_in_its_own_example_only(bad):
     assert got[1] == clean[1]
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Fills every new buffer with NaN; returns the list of their shapes."""
-    empty, shapes = torch.empty, []
-
-    def poison(*args, **kwargs):
-        buffer = empty(*args, **kwargs).fill_(float("nan"))
-        shapes.append(tuple(buffer.shape))
-        return buffer
-
-    monkeypatch.setattr(torch, "empty", poison)
-    return shapes
-
-
 def test_nothing_is_carried_over_from_call_to_call_or_read_before_it_is_written(poisoned):
     ids, g = drawn(2, 20, 200, 9)
     cold = embedding_norm(ids, g)

@@ -57,20 +57,6 @@ def test_empty_shapes_have_norm_zero(name, shape):
     assert torch.equal(KERNELS[name](*drawn(*shape)), torch.zeros(shape[0]))
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Fills every new buffer with NaN; returns the list of their shapes."""
-    empty, shapes = torch.empty, []
-
-    def poison(*args, **kwargs):
-        buffer = empty(*args, **kwargs).fill_(float("nan"))
-        shapes.append(tuple(buffer.shape))
-        return buffer
-
-    monkeypatch.setattr(torch, "empty", poison)
-    return shapes
-
-
 @pytest.mark.parametrize("name", KERNELS)
 def test_nothing_is_carried_over_from_call_to_call_or_read_before_it_is_written(name, poisoned):
     x, g = drawn(2, 130, 200, 70)
