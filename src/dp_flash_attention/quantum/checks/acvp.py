@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from dp_flash_attention.quantum.checks.vectors import counted, from_base64, read_vectors, sha3_256
 from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
+from dp_flash_attention.quantum.known_answers import counted, from_base64, read_vectors, sha3_256
 
 
 def acvp_checks(*, deep: bool = False) -> list[NamedCheck]:

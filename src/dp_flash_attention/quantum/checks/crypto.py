@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from dp_flash_attention.core.errors import DependencyMissingError, InvalidInputError
-from dp_flash_attention.quantum.checks.vectors import counted, from_base64, read_vectors, sha3_256
 from dp_flash_attention.quantum.evidence import Evidence, NamedCheck
+from dp_flash_attention.quantum.known_answers import counted, from_base64, read_vectors, sha3_256
 
 # What the submissions state for the primal attack on keys, in bits: block size, classical, quantum (Kyber
 # specification 3.02, table 4; Dilithium specification 3.1, table 1). The two differ from the formula's answer by the

@@ -1,4 +1,4 @@
-"""Known answers that lie beside the checks as JSON, and the row that says how many of them came out."""
+"""Known answers that lie in ``checks`` as JSON, and the row that says how many of them came out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dp_flash_attention.quantum.evidence import Evidence
 
 
 def read_vectors(name: str) -> Any:
-    """Returns what the file ``name`` of this package holds."""
+    """Returns what the file ``name`` of ``quantum.checks`` holds."""
     folder = files("dp_flash_attention.quantum.checks")
     return json.loads(folder.joinpath(name).read_text(encoding="utf-8"))
 
