@@ -16,7 +16,7 @@ from dp_flash_attention.attention.kernels.launch import attention_forward
 from dp_flash_attention.attention.noising import add_noise, noise_path
 from dp_flash_attention.attention.reference import reference_attention, reference_noise
 from dp_flash_attention.clipping import norms
-from dp_flash_attention.clipping.kernels import embedding_norm, gram_norm, outer_norm
+from dp_flash_attention.clipping.kernels import embedding_norm, gram_norm, outer_norm, weighted_grad
 from dp_flash_attention.core.errors import NoiseReuseError, NoiseUnavailableError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
 from dp_flash_attention.noise import (
@@ -191,3 +191,23 @@ def test_embedding_norms_are_those_of_float64_every_time(dtype, size, rows, widt
     assert torch.equal(*got)
     torch.testing.assert_close(got[0].double(), want, rtol=(4 * rows + 16) * 2.0**-24, atol=0)
     assert norms.embedding_norm_path(g) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 17, 5, 300), (5, 129, 770, 65), (4, 1024, 768, 3072)])
+def test_weighted_gradients_are_those_of_float64_every_time(shape, dtype):
+    size, rows, inputs, outputs = shape
+    x = torch.randn(size, rows, inputs, device="cuda").to(dtype)
+    g = torch.randn(size, rows, outputs, device="cuda").to(dtype)
+    factors = torch.rand(size, device="cuda")
+    want = torch.einsum("b,btp,btd->pd", factors.double(), g.double(), x.double())
+    mass = torch.einsum("b,btp,btd->pd", factors.double(), g.double().abs(), x.double().abs())
+    got = []
+    for _ in range(2):
+        got.append(torch.full((outputs, inputs), float("nan"), device="cuda"))
+        weighted_grad(x, g, factors, got[-1], fresh=True)
+    assert torch.equal(*got)
+    assert ((got[0].double() - want).abs() <= (rows + size + 8) * 2.0**-24 * mass).all()
+    weighted_grad(x, g, factors, got[1], fresh=False)
+    assert ((got[1].double() - 2 * want).abs() <= (rows + size + 8) * 2.0**-23 * mass).all()
+    assert norms.weighted_grad_path(x, g) == ("torch" if dtype is torch.float32 else "triton")

@@ -27,6 +27,7 @@ from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGR
 embedding_norm = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
 gram_norm = import_module("dp_flash_attention.clipping.kernels.gram_norm")
 outer_norm = import_module("dp_flash_attention.clipping.kernels.outer_norm")
+weighted_grad = import_module("dp_flash_attention.clipping.kernels.weighted_grad")
 
 TARGET = GPUTarget("cuda", 90, 32)
 COUNTS = ("num_heads", "heads_per_group", "num_groups")
@@ -196,6 +197,27 @@ def embedding_norm_kernels():
         )
 
 
+def weighted_grad_kernels():
+    types = dict.fromkeys(("stride_xb", "stride_xt", "stride_gb", "stride_gt", "size", "num_rows"), "i32")
+    types |= dict.fromkeys(("num_inputs", "num_outputs", "examples_per_run"), "i32")
+    types |= {"x": "*bf16", "g": "*bf16", "factors": "*fp32", "out": "*fp32"}
+    constants = {"stride_xd": 1, "stride_gp": 1}
+    constants |= {
+        name: getattr(weighted_grad, name) for name in ("BLOCK_OUTPUTS", "BLOCK_INPUTS", "BLOCK_ROWS")
+    }
+    for add in (False, True):
+        yield (
+            f"weighted_grad/{'add' if add else 'fresh'}",
+            compiled(
+                weighted_grad.weighted_grad_kernel,
+                types,
+                {**constants, "ADD": add},
+                num_warps=weighted_grad.NUM_WARPS,
+                num_stages=weighted_grad.NUM_STAGES,
+            ),
+        )
+
+
 def main():
     if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
         transform._anchored_lanes = lanes_without_anchor
@@ -207,6 +229,7 @@ def main():
             *attention_kernels(),
             *norm_kernels(),
             *embedding_norm_kernels(),
+            *weighted_grad_kernels(),
             *all_attention_kernels(),
         ]
     else:
@@ -216,6 +239,7 @@ def main():
             *attention_kernels(),
             *norm_kernels(),
             *embedding_norm_kernels(),
+            *weighted_grad_kernels(),
         ]
     print(json.dumps(dict(found)))
 

@@ -141,6 +141,19 @@ def embedding_norms(module, kernel):
     return {"compiled": len(kernel.compiled)}
 
 
+def weighted_grads(module, kernel):
+    for size, rows, inputs, outputs in ((1, 1, 1, 1), (2, 17, 5, 3), (2, 129, 64, 128), (1, 64, 2048, 2048)):
+        for fresh in (False, True):
+            module.weighted_grad(
+                torch.zeros(size, rows, inputs, dtype=torch.bfloat16),
+                torch.zeros(size, rows, outputs, dtype=torch.bfloat16),
+                torch.ones(size),
+                torch.zeros(outputs, inputs),
+                fresh=fresh,
+            )
+    return {"compiled": len(kernel.compiled)}
+
+
 def main():
     driver.set_active(DriverWithoutDevice())
     for module in (writer, add_noise):  # nothing runs, so nothing can agree with the CPU
@@ -166,6 +179,8 @@ def main():
         for name in ("gram_norm", "outer_norm"):
             module = import_module(f"dp_flash_attention.clipping.kernels.{name}")
             found[name] = norms(module, name, compile_only(module, f"{name}_kernel"))
+        weighted = import_module("dp_flash_attention.clipping.kernels.weighted_grad")
+        found["weighted_grad"] = weighted_grads(weighted, compile_only(weighted, "weighted_grad_kernel"))
     else:
         found["attention"] = attention(forward, [(1, 1, 1, 1, 1, 16, 16, False)], (torch.bfloat16,))
     print(json.dumps(found))

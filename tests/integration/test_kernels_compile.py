@@ -47,7 +47,7 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     assert binaries["attention/64, causal"]["shared_bytes"] >= 3 * 64 * 64 * 2 * 2
     assert binaries["gram_norm/bf16"]["shared_bytes"] >= 3 * 2 * 64 * 64 * 2
     # bfloat16 is multiplied by the tensor cores of sm_90; float32 stays float32 and becomes no TF32.
-    for name in ("attention/64, causal", "gram_norm/bf16", "outer_norm/bf16"):
+    for name in ("attention/64, causal", "gram_norm/bf16", "outer_norm/bf16", "weighted_grad/add"):
         assert binaries[name]["wgmma"] > 0
     assert binaries["gram_norm/fp32"]["wgmma"] == 0
     # A program of the embedding's norm is one warp, whose threads never wait for each other.
@@ -80,6 +80,7 @@ def test_every_launch_compiles_at_the_edges_of_its_shapes(tmp_path):
     found = compiled(tmp_path, "--all", script=LAUNCHES)
     assert found["attention"] == {"compiled": 20}
     assert found["gram_norm"] == found["outer_norm"] == {"compiled": 9}
+    assert found["weighted_grad"] == {"compiled": 8}
 
 
 @pytest.mark.slow

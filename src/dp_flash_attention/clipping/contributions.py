@@ -23,8 +23,10 @@ from dp_flash_attention.clipping.norms import (
     embedding_kernel_sq_norms,
     embedding_norm_path,
     gram_cross,
+    kernel_weighted_grad,
     linear_sq_norms,
     row_mass,
+    weighted_grad_path,
 )
 from dp_flash_attention.clipping.precision import full_precision
 
@@ -111,6 +113,10 @@ class LinearContribution:
         """Adds ``Σ_i factors[i] · gradient_i`` to ``out``; ``fresh`` means that ``out`` holds nothing yet."""
         x_BTD, g_BTP = self.x_BTD, self.g_BTP
         out_2d = out.view(self._shape_2d())
+        if weighted_grad_path(x_BTD, g_BTP) == "triton" and out.dtype is torch.float32:
+            first, second = (g_BTP, x_BTD) if self.input_first else (x_BTD, g_BTP)
+            kernel_weighted_grad(first, second, factors_B, out_2d, fresh=fresh)
+            return
         for start, stop in self._row_chunks():
             x, g = x_BTD[start:stop].to(out.dtype), g_BTP[start:stop].to(out.dtype)
             factors = factors_B[start:stop, None, None].to(out.dtype)
@@ -167,13 +173,14 @@ def linear_contribution(
     Where an example's gradient holds no more than its inputs and output gradients, D·P ≤ T·(D + P) in one
     precision, it is formed at once. The outer form would form it for the norm and the weighted gradient once
     more; formed once, both are one pass over it: at (B, T, D, P) = (8, 512, 256, 1024) 26 ms instead of 50
-    (one core of an AMD EPYC). Arguments are those of ``LinearContribution``.
+    (one core of an AMD EPYC). Not where kernels run: they form it on the tensor cores and keep it in registers. Arguments
+    are those of ``LinearContribution``.
     """
     record = LinearContribution(x_BTD=x_BTD, g_BTP=g_BTP, weight_shape=weight_shape, input_first=input_first)
     num_inputs, num_outputs = x_BTD.shape[2], g_BTP.shape[2]
     gradient_bytes = num_inputs * num_outputs * accumulation_dtype(x_BTD, g_BTP).itemsize
     recorded_bytes = x_BTD.shape[1] * (num_inputs * x_BTD.itemsize + num_outputs * g_BTP.itemsize)
-    if gradient_bytes > recorded_bytes:
+    if gradient_bytes > recorded_bytes or weighted_grad_path(x_BTD, g_BTP) == "triton":
         return record
     # This runs during the backward pass, where the caller's autocast may still be on.
     with full_precision(x_BTD.device):

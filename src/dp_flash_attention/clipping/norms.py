@@ -177,6 +177,16 @@ def norm_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
     return "triton" if fits and _is_on_gpu(x_BTD) and has_triton() else "torch"
 
 
+def weighted_grad_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
+    """Returns what a linear map's weighted gradient runs.
+
+    The kernel takes 16-bit CUDA tensors, where float32 products would leave the tensor cores idle. Products of float32 are
+    torch's own.
+    """
+    fits = x_BTD.dtype.itemsize == 2 and norm_path(x_BTD, g_BTP) == "triton"
+    return "triton" if fits else "torch"
+
+
 def embedding_norm_path(g_BTD: Tensor) -> Literal["triton", "torch"]:
     """Returns what an embedding's norm runs, as ``norm_path`` does for a linear map's."""
     fits = g_BTD.dtype in _KERNEL_DTYPES
@@ -193,6 +203,20 @@ def embedding_kernel_sq_norms(ids_BT: Tensor, g_BTD: Tensor) -> Tensor:
 
     kernels.require_embedding_agreement(g_BTD)
     return kernels.embedding_norm(ids_BT, g_BTD)
+
+
+def kernel_weighted_grad(
+    x_BTD: Tensor, g_BTP: Tensor, factors_B: Tensor, out_PD: Tensor, *, fresh: bool
+) -> None:
+    """Adds ``Σ_i f_i · g_iᵀx_i`` to ``out_PD`` by Triton's kernel, see there.
+
+    Raises:
+        KernelMismatchError: If the kernel disagrees with float64 at its first use here.
+    """
+    from dp_flash_attention.clipping import kernels
+
+    kernels.require_weighted_grad_agreement(x_BTD)
+    kernels.weighted_grad(x_BTD, g_BTP, factors_B.to(torch.float32), out_PD, fresh=fresh)
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:

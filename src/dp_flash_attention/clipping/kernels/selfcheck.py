@@ -1,4 +1,4 @@
-"""Compares the norm kernels with float64 on a device, before their first use there."""
+"""Compares the kernels of clipping with float64 on a device, before their first use there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from dp_flash_attention.clipping.kernels.embedding_norm import embedding_norm
 from dp_flash_attention.clipping.kernels.gram_norm import gram_norm
 from dp_flash_attention.clipping.kernels.outer_norm import outer_norm
+from dp_flash_attention.clipping.kernels.weighted_grad import weighted_grad
 from dp_flash_attention.core.errors import KernelMismatchError
 
 # Sums of 130 products in float32; a missing tile or a stale sum is off by a tenth.
@@ -59,9 +60,32 @@ def require_embedding_agreement(tensor: torch.Tensor) -> None:
     _raise_for(embedding_disagreement(str(tensor.device), tensor.dtype))
 
 
+@lru_cache(maxsize=64)
+def weighted_grad_disagreement(device: str, dtype: torch.dtype) -> str | None:
+    """Returns by how much the weighted gradient misses float64 on a small problem, or None if it agrees."""
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(3, 70, 150, generator=generator).to(dtype)
+    g = torch.randn(3, 70, 140, generator=generator).to(dtype)
+    factors = torch.tensor([0.25, 0.0, 1.0])
+    exact = torch.einsum("b,btp,btd->pd", factors.double(), g.double(), x.double())
+    out = torch.full((140, 150), float("nan"), device=device)
+    arguments = (x.to(device), g.to(device), factors.to(device), out)
+    weighted_grad(*arguments, fresh=True)
+    weighted_grad(*arguments, fresh=False)
+    error = float((out.cpu().double() - 2 * exact).norm() / (2 * exact).norm())
+    if not error <= _TOLERANCE:  # a NaN is not
+        return f"{weighted_grad.__name__} misses float64 by a share of {error:.3g} on {device!r} in {dtype}"
+    return None
+
+
+def require_weighted_grad_agreement(tensor: torch.Tensor) -> None:
+    """As ``require_agreement``, for the weighted gradient."""
+    _raise_for(weighted_grad_disagreement(str(tensor.device), tensor.dtype))
+
+
 def _raise_for(problem: str | None) -> None:
     if problem is not None:
         raise KernelMismatchError(
-            f"The norm kernels failed their check ({problem}). Uninstall triton to use torch's products, and report this "
+            f"The kernels of clipping failed their check ({problem}). Uninstall triton to use torch's products, and report this "
             "device and the versions of triton and torch."
         )
