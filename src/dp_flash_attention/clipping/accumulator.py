@@ -242,7 +242,9 @@ class ClippedGradientAccumulator:
             _check_losses(losses, tape.batch_size)
             if check is not None:
                 check(losses.detach())
-            losses.sum().backward()
+            # Autocast belongs to the forward pass: here it would narrow the float32 sums that rules record.
+            with torch.autocast(losses.device.type, enabled=False):
+                losses.sum().backward()
             self._check_complete(tape)
         return losses.detach()
 

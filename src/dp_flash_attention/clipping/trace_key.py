@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dp_flash_attention.clipping.precision import Autocast
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceKey:
@@ -25,7 +27,7 @@ class TraceKey:
     values: tuple[object, ...]
 
     @staticmethod
-    def of(model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any) -> TraceKey:
+    def of(model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, autocast: Autocast) -> TraceKey:
         """Returns the key of a microbatch."""
         leaves, tree = pytree.tree_flatten(inputs)
         objects, values = _function_parts(loss_fn)
@@ -45,6 +47,7 @@ class TraceKey:
                 trained,
                 tuple(module.training for module in model.modules()),
                 torch.get_default_dtype(),
+                autocast,
                 torch.are_deterministic_algorithms_enabled(),
             ),
         )

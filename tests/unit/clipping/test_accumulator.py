@@ -532,3 +532,20 @@ def test_recording_inside_a_recording_is_refused() -> None:
 
     with pytest.raises(RunStateError, match="already being recorded"):
         accumulator.add(nested, batch_size=4)
+
+
+def test_autocast_ends_with_the_forward_pass_so_that_recorded_sums_stay_float32():
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.RMSNorm(16), nn.Linear(16, 2))
+    x = torch.randn(3, 5, 8)
+
+    def loss():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float().square().sum((1, 2))
+
+    inside = ClippedGradientAccumulator(model, l2_clip_norm=0.5)
+    inside.add(loss, batch_size=3)
+    around = ClippedGradientAccumulator(model, l2_clip_norm=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        around.add(loss, batch_size=3)
+    for name, total in inside.sums.items():
+        assert torch.equal(around.sums[name], total), name

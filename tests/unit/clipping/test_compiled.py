@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from dp_flash_attention.clipping import ClippedGradientAccumulator, compiled
 from dp_flash_attention.clipping.compiled import CompiledClipping
+from dp_flash_attention.clipping.precision import full_precision
 from dp_flash_attention.core.errors import CompilationError, InvalidInputError, MissingRuleError
 from dp_flash_attention.training.losses import language_model_loss
 from dp_flash_attention.training.models import TextTransformer, TextTransformerConfig
@@ -247,10 +248,6 @@ def test_the_refusals_of_the_eager_step_hold_in_the_trace():
     step, _, _ = both(Dropping())
     with pytest.raises(InvalidInputError, match="weights"):
         step.add(squares, rows_of(3), batch_size=3, weights=torch.tensor([1.0, 0.5, 1.0]))
-    with pytest.raises(InvalidInputError, match="autocast"), torch.autocast("cpu", dtype=torch.bfloat16):
-        step.add(squares, rows_of(3), batch_size=3)
-    with pytest.raises(InvalidInputError, match="float32 or float64"):
-        both(Dropping().bfloat16())
 
 
 @pytest.mark.parametrize("what", ["norms", "sums"])
@@ -309,6 +306,88 @@ def test_one_example_s_wrong_norm_is_not_hidden_by_the_large_ones(monkeypatch):
     y[0] = 1e6
     with pytest.raises(CompilationError, match="a norm"):
         step.add(squares, (x, y), batch_size=3)
+
+
+def bfloat16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def length_and_norm(step, inputs, example):
+    """Returns how long an example's part of the sum is, and its clipped norm, of the graph made last."""
+    weights = torch.zeros(len(inputs))
+    weights[example] = 1.0
+    with full_precision(inputs.device):  # as add() does; other settings would be compiled anew
+        alone = step._graphs[-1].run(step._state(), inputs, weights)
+    length = torch.stack([total.double().norm() for total in alone.sums.values()]).norm()
+    return float(length), min(C, float(alone.sq_norms_B[example].double().sqrt()))
+
+
+def test_under_autocast_inductor_rounds_as_the_eager_step_does():
+    model = text_model(tie_head=True)
+    step, ours, eager = both(model)
+    for _ in range(2):
+        ids = torch.randint(0, 60, (4, 12))
+        with bfloat16():
+            found = step.add(lm_loss, ids, batch_size=4)
+            expected = eager.add(lambda ids=ids: lm_loss(model, ids), batch_size=4)
+        # Another rounding of one activation to bfloat16 would show as 2^-9 of it.
+        torch.testing.assert_close(found.norms, expected.norms, rtol=1e-5, atol=0)
+        for name, total in eager.sums.items():
+            assert (ours.sums[name] - total).norm() <= 1e-5 * total.norm()
+        length, norm = length_and_norm(step, ids, 1)
+        assert abs(length / norm - 1) < 1e-6
+    assert step.num_traces == 1
+
+
+def test_without_that_option_a_norm_would_be_of_other_numbers_than_the_sum(monkeypatch):
+    monkeypatch.setattr(compiled, "_COMPILER_OPTIONS", {"fallback_random": True})
+    step, _, _ = both(text_model(tie_head=True))
+    ids = torch.randint(0, 60, (4, 12))
+    with bfloat16():
+        step.add(lm_loss, ids, batch_size=4)
+    length, norm = length_and_norm(step, ids, 1)
+    assert abs(length / norm - 1) > 2e-6
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_parameters_of_16_bits_are_traced_as_they_run():
+    model = Dropping().bfloat16().eval()
+    step, ours, eager = both(model)
+    rows = tuple(part.bfloat16() for part in rows_of(4))
+    found = step.add(squares, rows, batch_size=4)
+    assert_same(ours, eager, found, eager.add(lambda: squares(model, rows), batch_size=4))
+    assert all(total.dtype is torch.float32 for total in ours.sums.values())
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_autocast_is_part_of_what_a_trace_was_made_with():
+    model = Dropping().eval()
+    step, _, _ = both(model)
+    rows = rows_of(4)
+    plain = step.add(squares, rows, batch_size=4)
+    for _ in range(2):
+        with bfloat16():
+            narrow = step.add(squares, rows, batch_size=4)
+    assert step.num_traces == 2
+    assert not torch.equal(plain.losses, narrow.losses)
+    assert torch.equal(step.add(squares, rows, batch_size=4).losses, plain.losses)
+    assert step.num_traces == 2
+
+
+def test_a_graph_whose_norms_do_not_bound_what_it_adds_is_found_out(monkeypatch):
+    def wrong(graph, **_):
+        def run(state, inputs, weights_B):
+            sums, *rest = graph(state, inputs, weights_B)
+            # As the eager step's within its tolerance, and longer than the norm says where an example is alone.
+            return ({n: 1.01 * s for n, s in sums.items()} if weights_B.sum() == 1 else sums), *rest
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    step, ours, _ = both(Dropping().eval())
+    with pytest.raises(CompilationError, match="what one example adds"):
+        step.add(squares, rows_of(3), batch_size=3)
+    assert not any(total.any() for total in ours.sums.values())
 
 
 def test_a_missing_compiler_is_said_with_its_remedy(monkeypatch):
