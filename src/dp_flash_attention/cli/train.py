@@ -82,6 +82,12 @@ def train(
     strategy: Annotated[
         str, typer.Option(help="bookkeeping, or two_pass: less memory with checkpointing, more time.")
     ] = "bookkeeping",
+    norm_forms: Annotated[
+        str,
+        typer.Option(
+            help="formula, or measured: time the forms of linear maps' norms before the first step."
+        ),
+    ] = "formula",
     out: Annotated[
         Path | None, typer.Option(help="New or empty directory; left out: the next free one under runs/.")
     ] = None,
@@ -124,6 +130,7 @@ def train(
             "threads": threads,
             "compile": compile,
             "strategy": strategy,
+            "norm_forms": norm_forms,
         }
         request = _request(
             epsilon=epsilon,
@@ -223,6 +230,7 @@ def _execution(task: Task, source: dict[str, Any]) -> Any:
         num_threads=source["threads"],
         compile=source.get("compile", False),
         strategy=source.get("strategy", "bookkeeping"),
+        norm_forms=source.get("norm_forms", "formula"),
     )
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from dp_flash_attention.clipping.norm_forms import NormForms, NormShape, form_by_formula
 from dp_flash_attention.clipping.norms import (
     SCRATCH_BYTES,
     accumulation_dtype,
@@ -89,12 +90,14 @@ class LinearContribution:
         g_BTP: Output gradients.
         weight_shape: The parameter's shape; a convolution's is [P, channels, kernel...].
         input_first: True for a weight of shape [D, P] (Hugging Face ``Conv1D``).
+        form: How its norm is computed, see ``norm_forms``; None leaves it to the formula.
     """
 
     x_BTD: Tensor
     g_BTP: Tensor
     weight_shape: torch.Size
     input_first: bool = False
+    form: Literal["gram", "outer"] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -103,7 +106,7 @@ class LinearContribution:
 
     def sq_norms(self) -> Tensor:
         """Returns each example's squared gradient norm, shape [B], float32 or wider."""
-        return linear_sq_norms(self.x_BTD, self.g_BTP)
+        return linear_sq_norms(self.x_BTD, self.g_BTP, form=self.form)
 
     def mass(self) -> Tensor:
         """Returns ``Σ_t ‖x_t‖‖g_t‖`` for each example, shape [B]."""
@@ -147,7 +150,15 @@ class LinearContribution:
             g_BTP=_zero_examples(self.g_BTP, dropped_B),
             weight_shape=self.weight_shape,
             input_first=self.input_first,
+            form=self.form,
         )
+
+    def formed(self) -> DenseContribution:
+        """Returns each example's gradient instead of what it is made of."""
+        # This runs during the backward pass, where the caller's autocast may still be on.
+        with full_precision(self.x_BTD.device):
+            parts = [self.dense(start, stop) for start, stop in self._row_chunks()]
+            return DenseContribution(grads_B=torch.cat(parts) if len(parts) != 1 else parts[0])
 
     def _shape_2d(self) -> tuple[int, int]:
         num_inputs, num_outputs = self.x_BTD.shape[2], self.g_BTP.shape[2]
@@ -166,26 +177,34 @@ class LinearContribution:
 
 
 def linear_contribution(
-    *, x_BTD: Tensor, g_BTP: Tensor, weight_shape: torch.Size, input_first: bool = False
+    *,
+    x_BTD: Tensor,
+    g_BTP: Tensor,
+    weight_shape: torch.Size,
+    input_first: bool = False,
+    forms: NormForms | None = None,
 ) -> LinearContribution | DenseContribution:
-    """Returns whichever record of a linear map's weight is smaller.
+    """Returns the record of a linear map's weight, in the form that is chosen for its shape; see ``norm_forms``.
 
-    Where an example's gradient holds no more than its inputs and output gradients, D·P ≤ T·(D + P) in one
-    precision, it is formed at once. The outer form would form it for the norm and the weighted gradient once
-    more; formed once, both are one pass over it: at (B, T, D, P) = (8, 512, 256, 1024) 26 ms instead of 50
-    (one core of an AMD EPYC). Not where kernels run: they form it on the tensor cores and keep it in registers. Arguments
-    are those of ``LinearContribution``.
+    Args:
+        x_BTD: As for ``LinearContribution``.
+        g_BTP: As for ``LinearContribution``.
+        weight_shape: As for ``LinearContribution``.
+        input_first: As for ``LinearContribution``.
+        forms: What was chosen; None is the formula, which keeps the smaller record.
     """
-    record = LinearContribution(x_BTD=x_BTD, g_BTP=g_BTP, weight_shape=weight_shape, input_first=input_first)
-    num_inputs, num_outputs = x_BTD.shape[2], g_BTP.shape[2]
-    gradient_bytes = num_inputs * num_outputs * accumulation_dtype(x_BTD, g_BTP).itemsize
-    recorded_bytes = x_BTD.shape[1] * (num_inputs * x_BTD.itemsize + num_outputs * g_BTP.itemsize)
-    if gradient_bytes > recorded_bytes or weighted_grad_path(x_BTD, g_BTP) == "triton":
-        return record
-    # This runs during the backward pass, where the caller's autocast may still be on.
-    with full_precision(x_BTD.device):
-        parts = [record.dense(start, stop) for start, stop in record._row_chunks()]
-        return DenseContribution(grads_B=torch.cat(parts) if len(parts) != 1 else parts[0])
+    shape = NormShape.of(x_BTD, g_BTP)
+    form = form_by_formula(shape) if forms is None else forms.form_of(shape)
+    if form == "formed" and weighted_grad_path(x_BTD, g_BTP) == "triton":
+        form = "outer"  # kernels form it on the tensor cores and keep it in registers
+    record = LinearContribution(
+        x_BTD=x_BTD,
+        g_BTP=g_BTP,
+        weight_shape=weight_shape,
+        input_first=input_first,
+        form=None if form == "formed" else form,
+    )
+    return record.formed() if form == "formed" else record
 
 
 @dataclass(frozen=True, kw_only=True)

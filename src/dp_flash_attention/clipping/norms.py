@@ -223,16 +223,24 @@ def _is_on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
+def linear_sq_norms(
+    x_BTD: Tensor,
+    g_BTP: Tensor,
+    *,
+    scratch_bytes: int = SCRATCH_BYTES,
+    form: Literal["gram", "outer"] | None = None,
+) -> Tensor:
     """Returns the squared norm of a linear map's gradient for each example, shape [B].
 
     Both forms run in float32 or better over chunks of examples; the choice between them depends
-    on shapes alone, so it reveals nothing. ``norm_path`` says whether kernels run.
+    on shapes and on synthetic measurements alone (``norm_forms``), so it reveals nothing. ``norm_path`` says whether
+    kernels run.
 
     Args:
         x_BTD: Inputs [B, T, D] of any floating dtype.
         g_BTP: Output gradients [B, T, P].
         scratch_bytes: Most bytes of scratch for products and for widened copies.
+        form: Which of the two; None takes the one with fewer products.
 
     Raises:
         KernelMismatchError: If kernels run here and disagree with float64 at their first use.
@@ -240,7 +248,7 @@ def linear_sq_norms(x_BTD: Tensor, g_BTP: Tensor, *, scratch_bytes: int = SCRATC
     size, num_rows, num_inputs = x_BTD.shape
     num_outputs = g_BTP.shape[2]
     dtype = accumulation_dtype(x_BTD, g_BTP)
-    use_gram = gram_is_cheaper(num_rows, num_inputs, num_outputs)
+    use_gram = gram_is_cheaper(num_rows, num_inputs, num_outputs) if form is None else form == "gram"
     if norm_path(x_BTD, g_BTP) == "triton":
         return _kernel_sq_norms(x_BTD, g_BTP, use_gram=use_gram)
     widened = 0 if x_BTD.dtype == g_BTP.dtype == dtype else num_rows * (num_inputs + num_outputs)

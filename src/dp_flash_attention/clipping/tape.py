@@ -12,6 +12,7 @@ from collections import defaultdict
 from torch import Tensor
 
 from dp_flash_attention.clipping.contributions import Contribution
+from dp_flash_attention.clipping.norm_forms import forms_in_use
 from dp_flash_attention.core.errors import ExampleCouplingError
 
 
@@ -25,10 +26,15 @@ class Tape:
             of a fallback module. Filled where the shape tells, consulted where n equals B and it
             does not.
         probing: True while batches of different sizes are run to fill ``layouts``.
+
+    Attributes:
+        norm_forms: The forms of linear maps' norms that were in use when the tape was made.
     """
 
     def __init__(self, *, batch_size: int, layouts: dict[str, bool], probing: bool = False) -> None:
         self.batch_size = batch_size
+        # Taken here and not where a layer records: a backward pass may run on another thread.
+        self.norm_forms = forms_in_use()
         self.contributions: dict[str, list[Contribution]] = defaultdict(list)
         self._layouts = layouts
         self._probing = probing

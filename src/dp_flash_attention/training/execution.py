@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dp_flash_attention.clipping.strategies import Strategy, checked_strategy
+from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import positive_int
 
 
@@ -20,22 +22,32 @@ class ExecutionConfig:
         num_threads: Threads of PyTorch's operators; None keeps what is set.
         compile: Whether a microbatch's step becomes one graph of ``torch.compile``, see ``clipping.compiled``.
         strategy: ``"bookkeeping"``, or ``"two_pass"`` for less memory and more time; see ``clipping``.
+        norm_forms: ``"formula"``, or ``"measured"`` to time the forms of linear maps' norms on synthetic tensors before
+            the first step and to keep the choice in the run's record; see ``clipping.norm_forms``.
         checkpoint_every: Logical steps between checkpoints; the first and the last step always have one.
 
     Raises:
-        InvalidInputError: If a number is not a whole one of at least 1, a strategy is unknown, or two passes are to
-            be compiled into one graph.
+        InvalidInputError: If a number is not a whole one of at least 1, a strategy or a way of choosing norms is
+            unknown, or two passes are to be compiled into one graph.
     """
 
     microbatch_size: int = 64
     num_threads: int | None = None
     compile: bool = False
     strategy: Strategy = "bookkeeping"
+    norm_forms: Literal["formula", "measured"] = "formula"
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
         positive_int("microbatch_size", self.microbatch_size, remedy="Use the largest that fits into memory.")
         positive_int("checkpoint_every", self.checkpoint_every, remedy="50 is a good start.")
         checked_strategy(self.strategy, compile=self.compile)
+        if self.norm_forms not in ("formula", "measured"):
+            raise InvalidInputError(
+                "norm_forms",
+                self.norm_forms,
+                bound="'formula' or 'measured'",
+                remedy="'measured' takes some seconds before the first step.",
+            )
         if self.num_threads is not None:
             positive_int("num_threads", self.num_threads, remedy="Use the number of cores, or None.")

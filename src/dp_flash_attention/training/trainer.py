@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dp_flash_attention.clipping.norm_forms import NormForms, using
 from dp_flash_attention.core.durable import is_disk_error, replaced_atomically
 from dp_flash_attention.core.errors import RunStateError
 from dp_flash_attention.noise import TestKey
@@ -27,6 +28,7 @@ from dp_flash_attention.training.checkpoint import load_latest_checkpoint, save_
 from dp_flash_attention.training.diagnostics import DiagnosticsSink, JsonLinesDiagnostics
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.loop import RunState, TrainingLoop
+from dp_flash_attention.training.measured_norms import forms_of_run, write_fallbacks
 from dp_flash_attention.training.microbatches import CollateFn, RecordSource
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.progress import OnStep
@@ -119,6 +121,7 @@ class PrivateTrainer:
         self._fallback_modules, self._collate_fn = tuple(fallback_modules), collate_fn
         self._on_step, self._diagnostics, self._test_key = on_step, diagnostics, test_key
         self._first_step = 0
+        self._norm_forms = NormForms()
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         # Before any step changes a learning rate.
@@ -157,13 +160,16 @@ class PrivateTrainer:
             self._model, self._optimizer, self._plan, fallback_modules=self._fallback_modules
         )
         try:
-            session.verify(source.fetch(torch.arange(min(3, len(source)))), self._loss_fn)
+            with using(self._norm_forms):  # empty: it notes the shapes that there are
+                session.verify(source.fetch(torch.arange(min(3, len(source)))), self._loss_fn)
         finally:
             session.close()
 
     def _fit_in(self, run: RunDirectory, source: RecordSource, dataset: object) -> TrainingResult:
         num_threads = _recorded_threads(run) or self._execution.num_threads or torch.get_num_threads()
-        with _reproducible(self._execution.num_threads or num_threads, next(self._model.parameters()).device):
+        device = next(self._model.parameters()).device
+        with _reproducible(self._execution.num_threads or num_threads, device):
+            self._norm_forms = forms_of_run(run, self._execution, self._norm_forms.fallbacks, device=device)
             settings = self._all_settings(run)
             state = self._state()
             if run.status == "preparing":
@@ -243,9 +249,12 @@ class PrivateTrainer:
             on_step=self._on_step,
         )
         try:
-            loop.take_steps(dataset)
+            with using(self._norm_forms):
+                loop.take_steps(dataset)
         finally:
             session.close()
+            if self._execution.norm_forms == "measured":
+                write_fallbacks(run, self._norm_forms)
 
     def _state(self) -> RunState:
         average = None
@@ -271,6 +280,8 @@ class PrivateTrainer:
             "numerics": fingerprint.numerics(next(self._model.parameters()).device, torch.get_num_threads()),
             "uses_test_key": run.settings["uses_test_key"] if run.keys is None else run.keys.uses_test_key,
         }
+        if self._execution.norm_forms == "measured":
+            settings["norm_forms"] = self._norm_forms.to_json()
         return fingerprint.as_json_values(settings)
 
     def _result(self, run: RunDirectory) -> TrainingResult:

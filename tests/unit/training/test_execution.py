@@ -14,3 +14,8 @@ def test_settings_of_speed_are_checked(name: str, value: Any) -> None:
     with pytest.raises(InvalidInputError, match=name):
         ExecutionConfig(**{name: value})
     assert getattr(ExecutionConfig(**{name: 1}), name) == 1
+
+
+def test_an_unknown_way_of_choosing_norms_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="norm_forms"):
+        ExecutionConfig(norm_forms="fastest")  # type: ignore[arg-type]

@@ -105,7 +105,9 @@ class ConvRule:
                 tape.record(parameters["bias"], DenseContribution(grads_B=g_BTP.sum(1, dtype=dtype)))
 
         def _plain(x: Tensor, g_BTP: Tensor) -> LinearContribution | DenseContribution:
-            return linear_contribution(x_BTD=_unfolded(x, conv), g_BTP=g_BTP, weight_shape=weight.shape)
+            return linear_contribution(
+                x_BTD=_unfolded(x, conv), g_BTP=g_BTP, weight_shape=weight.shape, forms=tape.norm_forms
+            )
 
         def _grouped(x: Tensor, g_BTP: Tensor) -> DenseContribution:
             size, groups = x.shape[0], conv.groups

@@ -78,7 +78,11 @@ class LinearRule:
                 tape.record(
                     parameters["weight"],
                     linear_contribution(
-                        x_BTD=x_BTD, g_BTP=g_BTP, weight_shape=weight.shape, input_first=input_first
+                        x_BTD=x_BTD,
+                        g_BTP=g_BTP,
+                        weight_shape=weight.shape,
+                        input_first=input_first,
+                        forms=tape.norm_forms,
                     ),
                 )
             if "bias" in parameters:
