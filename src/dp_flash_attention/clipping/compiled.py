@@ -48,7 +48,7 @@ class _GraphResult:
     """What a graph returns of one microbatch."""
 
     sums: dict[str, Tensor]
-    sq_norms_B: Tensor
+    sq_norms_KB: Tensor
     losses_B: Tensor
     needs_eager: Tensor
 
@@ -137,7 +137,7 @@ class CompiledClipping:
                 self._check_agreement(result, loss_fn, inputs, checked_B)
                 graph.agrees = True
             self._accumulator.add_sums(result.sums)
-        return MicrobatchNorms(norms=result.sq_norms_B.sqrt(), losses=result.losses_B)
+        return self._accumulator.seen(result.sq_norms_KB, result.losses_B)
 
     def _state(self) -> dict[str, Tensor]:
         """Returns the model's parameters and buffers by name, as plain tensors."""
@@ -189,8 +189,10 @@ class CompiledClipping:
         compiled = torch.compile(traced, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
         def call(state: dict[str, Tensor], inputs: Any, weights_B: Tensor) -> _GraphResult:
-            sums, sq_norms_B, losses_B, needs_eager = compiled(state, inputs, weights_B)
-            return _GraphResult(sums=sums, sq_norms_B=sq_norms_B, losses_B=losses_B, needs_eager=needs_eager)
+            sums, sq_norms_KB, losses_B, needs_eager = compiled(state, inputs, weights_B)
+            return _GraphResult(
+                sums=sums, sq_norms_KB=sq_norms_KB, losses_B=losses_B, needs_eager=needs_eager
+            )
 
         return call
 
@@ -199,11 +201,11 @@ class CompiledClipping:
         tape, losses_B = self._accumulator.record(
             lambda: loss_fn(self._model, inputs), batch_size=len(weights_B)
         )
-        sums, sq_norms_B = self._accumulator.clipped_sums(tape, weights_B)
+        sums, sq_norms_KB = self._accumulator.clipped_sums(tape, weights_B)
         # What is tiny beside C inherits the rounding of what is not.
         least = self._accumulator.sensitivity.l2 * 1e-3
-        norms_B = sq_norms_B.sqrt()
-        _require("a norm", (result.sq_norms_B.sqrt() - norms_B).abs(), norms_B.clamp(min=least))
+        norms_KB = sq_norms_KB.sqrt()
+        _require("a norm", (result.sq_norms_KB.sqrt() - norms_KB).abs(), norms_KB.clamp(min=least))
         _require("losses", (result.losses_B - losses_B).norm(), losses_B.norm())
         for name, total in sums.items():
             _require(f"the sum of {name}", (result.sums[name] - total).norm(), total.norm().clamp(min=least))
@@ -223,11 +225,11 @@ class _Step(nn.Module):
             tape, losses_B = accumulator.record(
                 lambda: self._loss_fn(self.model, inputs), batch_size=len(weights_B)
             )
-            sums, sq_norms_B = accumulator.clipped_sums(tape, weights_B)
-        needs_eager = ~torch.isfinite(sq_norms_B.sqrt()).all()
+            sums, sq_norms_KB = accumulator.clipped_sums(tape, weights_B)
+        needs_eager = ~torch.isfinite(sq_norms_KB.sqrt()).all()
         for cancelled_B in cancelled:
             needs_eager = needs_eager | cancelled_B.any()
-        return sums, sq_norms_B, losses_B, needs_eager
+        return sums, sq_norms_KB, losses_B, needs_eager
 
 
 def _require(what: str, difference: Tensor, size: Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dp_flash_attention.clipping import accumulator as accumulator_module
+from dp_flash_attention.clipping import group_clipping
 from dp_flash_attention.clipping.accumulator import ClippedGradientAccumulator
 from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import PrivacyPlan
@@ -95,12 +95,12 @@ def one_noise_for_all_steps(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_clip_norm(patch: pytest.MonkeyPatch) -> None:
-    original = accumulator_module.flat_clip_factors
+    original = group_clipping.flat_clip_factors
 
     def twice(sq_norms_B: Tensor, *, l2_clip_norm: float, weights_B: Tensor) -> Any:
         return original(sq_norms_B, l2_clip_norm=2.0 * l2_clip_norm, weights_B=weights_B)
 
-    patch.setattr(accumulator_module, "flat_clip_factors", twice)
+    patch.setattr(group_clipping, "flat_clip_factors", twice)
 
 
 def skipped_parameter(patch: pytest.MonkeyPatch) -> None:
