@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dp_flash_attention.clipping.one_example import check_one_example
 from dp_flash_attention.clipping.strategies import Strategy, checked_strategy
 from dp_flash_attention.core.validation import positive_int
 
@@ -19,12 +20,13 @@ class ExecutionConfig:
         microbatch_size: Rows of one forward and backward pass; every microbatch has this shape.
         num_threads: Threads of PyTorch's operators; None keeps what is set.
         compile: Whether a microbatch's step becomes one graph of ``torch.compile``, see ``clipping.compiled``.
-        strategy: ``"bookkeeping"``, or ``"two_pass"`` for less memory and more time; see ``clipping``.
+        strategy: ``"bookkeeping"``; ``"two_pass"`` for less memory and more time; or ``"one_example"``, with
+            ``microbatch_size=1``, for sequences of which one fills memory and for models without rules. See ``clipping``.
         checkpoint_every: Logical steps between checkpoints; the first and the last step always have one.
 
     Raises:
-        InvalidInputError: If a number is not a whole one of at least 1, a strategy is unknown, or two passes are to
-            be compiled into one graph.
+        InvalidInputError: If a number is not a whole one of at least 1, a strategy is unknown, anything but
+            book-keeping is to be compiled into one graph, or microbatches of one example have several.
     """
 
     microbatch_size: int = 64
@@ -36,6 +38,7 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         positive_int("microbatch_size", self.microbatch_size, remedy="Use the largest that fits into memory.")
         positive_int("checkpoint_every", self.checkpoint_every, remedy="50 is a good start.")
-        checked_strategy(self.strategy, compile=self.compile)
+        if checked_strategy(self.strategy, compile=self.compile) == "one_example":
+            check_one_example(self.microbatch_size)
         if self.num_threads is not None:
             positive_int("num_threads", self.num_threads, remedy="Use the number of cores, or None.")

@@ -154,7 +154,11 @@ class PrivateTrainer:
 
     def _rehearse(self, source: RecordSource) -> None:
         session = make_private(
-            self._model, self._optimizer, self._plan, fallback_modules=self._fallback_modules
+            self._model,
+            self._optimizer,
+            self._plan,
+            fallback_modules=self._fallback_modules,
+            strategy=self._execution.strategy,
         )
         try:
             session.verify(source.fetch(torch.arange(min(3, len(source)))), self._loss_fn)
