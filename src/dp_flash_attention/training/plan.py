@@ -195,7 +195,8 @@ class PrivacyPlan:
                 )
             sampling_prob = batch / size
         sampling_prob = probability("sampling_prob", sampling_prob, remedy=_PROB_REMEDY)
-        # Before the search for σ: that takes seconds, and this is the likelier mistake.
+        # Before the search for σ: that takes seconds, and these are the likelier mistakes.
+        checked_clipping(clipping, clip_groups)
         _check_delta(
             open_unit("delta", delta, remedy="Choose well below 1 / (number of records)."),
             dataset_size or batch / sampling_prob,
