@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ from dp_flash_attention.training import session as session_module
 
 NUM_STEPS, NUM_RECORDS = 9, 200
 CHECKPOINT_EVERY = 3
+BOOKKEEPING = ExecutionConfig(microbatch_size=32, checkpoint_every=CHECKPOINT_EVERY)
+# Other ways to clip, each killed where its noise was drawn and not kept: kind of clipping and execution.
+MODES: dict[str, tuple[Any, ExecutionConfig]] = {
+    "per_layer": ("per_layer", BOOKKEEPING),
+    "two_pass": ("flat", replace(BOOKKEEPING, strategy="two_pass")),
+    "one_example": ("flat", replace(BOOKKEEPING, strategy="one_example", microbatch_size=1)),
+    "one_example per_layer": ("per_layer", replace(BOOKKEEPING, strategy="one_example", microbatch_size=1)),
+}
 # Between a step's noise and the checkpoint that holds it: after the first and the last parameter's noise,
 # and after the step itself. Step 4 has no checkpoint of its own, step 5 is followed by one.
 PLACES = tuple(f"{place} of step {step}" for step in (4, 5) for place in ("noise 0", "noise 2", "end"))
@@ -67,7 +76,15 @@ def loss_fn(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(ids).mT, ids.roll(1, 1), reduction="none").mean(1)
 
 
-def train(out: Path, journal: Path, plan: PrivacyPlan, *, resume: bool, death: str | None) -> int:
+def train(
+    out: Path,
+    journal: Path,
+    plan: PrivacyPlan,
+    *,
+    resume: bool,
+    death: str | None,
+    execution: ExecutionConfig = BOOKKEEPING,
+) -> int:
     """Runs in a child, which kills itself at ``death``, a write ("write 3") or one of ``PLACES``.
 
     Returns:
@@ -109,7 +126,7 @@ def train(out: Path, journal: Path, plan: PrivacyPlan, *, resume: bool, death: s
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
         loss_fn=loss_fn,
         out_dir=out,
-        execution=ExecutionConfig(microbatch_size=32, checkpoint_every=CHECKPOINT_EVERY),
+        execution=execution,
         lr_schedule=lambda step: 1.0 / (1 + step),
         ema_decay=0.9,
         test_key=TestKey("kill"),
@@ -123,7 +140,12 @@ def has_begun(out: Path) -> bool:
 
 
 def in_child(
-    out: Path, plan: PrivacyPlan, *, death: str | None = None, die_after_s: float | None = None
+    out: Path,
+    plan: PrivacyPlan,
+    *,
+    death: str | None = None,
+    die_after_s: float | None = None,
+    execution: ExecutionConfig = BOOKKEEPING,
 ) -> str:
     """Starts or resumes the run in ``out``; returns "killed", "failed" or "done after n writes"."""
     # A directory with a lock holds the beginnings of a run; without, there is nothing to resume.
@@ -135,7 +157,8 @@ def in_child(
     if child == 0:
         code = 1
         try:
-            writes = train(out, out.with_suffix(".journal"), plan, resume=resume, death=death)
+            journal = out.with_suffix(".journal")
+            writes = train(out, journal, plan, resume=resume, death=death, execution=execution)
             os.write(writer, str(writes).encode())
             code = 0
         except BaseException as error:
@@ -227,8 +250,16 @@ def main() -> None:
     endings = [in_child(directory / "random", plan, die_after_s=moment) for moment in moments]
     endings.append(in_child(directory / "random", plan))
     random_moments = {"any": result_of(directory / "random", endings)}
+    modes = {}
+    for mode, (clipping, execution) in MODES.items():
+        mode_plan = replace(plan, clipping=clipping)
+        whole, broken = directory / f"{mode}-whole", directory / f"{mode}-broken"
+        ending = in_child(whole, mode_plan, execution=execution)
+        deaths = [in_child(broken, mode_plan, death=place, execution=execution) for place in PLACES[::2]]
+        deaths.append(in_child(broken, mode_plan, execution=execution))
+        modes[mode] = {"whole": result_of(whole, [ending]), "broken": result_of(broken, deaths)}
     groups = {"fresh": fresh, "places": places, "resumed": resumed, "random": random_moments}
-    print(json.dumps({"unbroken": unbroken, **groups}))
+    print(json.dumps({"unbroken": unbroken, "modes": modes, **groups}))
 
 
 if __name__ == "__main__":

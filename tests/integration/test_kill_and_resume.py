@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def each(runs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for group, members in runs.items():
-        if group != "unbroken":
+        if group not in ("unbroken", "modes"):
             yield from ((f"{group}, {name}", run) for name, run in members.items())
 
 
@@ -74,6 +74,21 @@ def test_no_noise_is_added_to_two_different_sums(runs: dict[str, Any]) -> None:
     for name, run in [("unbroken", runs["unbroken"]), *each(runs)]:
         assert run["positions"] == NUM_STEPS * NUM_PARAMETERS, name
         assert run["reused"] == 0, name
+
+
+def test_every_way_to_clip_ends_as_its_unbroken_run_and_differs_from_the_others(runs: dict[str, Any]) -> None:
+    models = {"flat": runs["unbroken"]["model"]}
+    for mode, found in runs["modes"].items():
+        *deaths, last = found["broken"]["endings"]
+        assert deaths == ["killed"] * 3, mode
+        assert last.startswith("done"), mode
+        assert found["broken"]["model"] == found["whole"]["model"], mode
+        assert found["broken"]["reused"] == 0, mode
+        assert found["broken"]["positions"] == NUM_STEPS * NUM_PARAMETERS, mode
+        models[mode] = found["whole"]["model"]
+    assert len(runs["modes"]) == 4
+    # Two passes add the uses of a tied weight in another order; the rest clips, or draws its masks, differently.
+    assert len(set(models.values())) == len(models)
 
 
 def test_nothing_is_left_over(runs: dict[str, Any]) -> None:

@@ -80,7 +80,10 @@ def train(
         bool, typer.Option(help="Compile the private step: slow once, faster then; needs a C++ compiler.")
     ] = False,
     strategy: Annotated[
-        str, typer.Option(help="bookkeeping, or two_pass: less memory with checkpointing, more time.")
+        str,
+        typer.Option(
+            help="bookkeeping; two_pass: less memory with checkpointing, more time; or one_example: microbatches of one."
+        ),
     ] = "bookkeeping",
     norm_forms: Annotated[
         str,
@@ -88,6 +91,12 @@ def train(
             help="formula, or measured: time the forms of linear maps' norms before the first step."
         ),
     ] = "formula",
+    clipping: Annotated[
+        str,
+        typer.Option(
+            help="flat: a record's whole gradient to C; per_layer: each module's part to C/√K, with less memory."
+        ),
+    ] = "flat",
     out: Annotated[
         Path | None, typer.Option(help="New or empty directory; left out: the next free one under runs/.")
     ] = None,
@@ -143,6 +152,7 @@ def train(
             noise=noise,
             dataset_size=dataset_size,
             holdout_prob=holdout,
+            clipping=clipping,
         )
     return _carry_out(source, request, out=out, resume=resume, console=console)
 
@@ -224,12 +234,13 @@ def _carry_out(
 def _execution(task: Task, source: dict[str, Any]) -> Any:
     from dp_flash_attention.training.execution import ExecutionConfig
 
-    size = source["microbatch_size"]
+    size, strategy = source["microbatch_size"], source.get("strategy", "bookkeeping")
+    default = 1 if strategy == "one_example" else task.defaults.microbatch_size
     return ExecutionConfig(
-        microbatch_size=task.defaults.microbatch_size if size is None else size,
+        microbatch_size=default if size is None else size,
         num_threads=source["threads"],
         compile=source.get("compile", False),
-        strategy=source.get("strategy", "bookkeeping"),
+        strategy=strategy,
         norm_forms=source.get("norm_forms", "formula"),
     )
 
@@ -321,19 +332,24 @@ def _print_choices(console: Console, choices: Choices, plan: PrivacyPlan) -> Non
         "epochs": choices.num_steps * choices.sampling_prob,
         "num_steps": choices.num_steps,
         "l2_clip_norm": choices.l2_clip_norm,
+        "clipping": plan.clipping,
         "noise_multiplier": plan.noise_multiplier,
         "learning_rate": choices.learning_rate,
         "ema_decay": choices.ema_decay,
     }.items():
         table.add_row(
-            name, f"{value:.4g}" if isinstance(value, float) else str(value), _reason(name, choices)
+            name, f"{value:.4g}" if isinstance(value, float) else str(value), _reason(name, choices, plan)
         )
     console.print(table)
 
 
-def _reason(name: str, choices: Choices) -> str:
+def _reason(name: str, choices: Choices, plan: PrivacyPlan) -> str:
     fixed = {
         "epsilon of training": "the rest of the total pays for the number of records, unless that is public",
+        "clipping": {
+            "flat": "a record's whole gradient is clipped as one vector",
+            "per_layer": "each module's part is clipped to a bound of its own; their squares add up to C²",
+        }[plan.clipping],
         "noise_multiplier": "the least noise that keeps all steps within the budget",
     }
     return fixed.get(name, choices.reasons.get(name, ""))

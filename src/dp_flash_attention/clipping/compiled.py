@@ -61,7 +61,7 @@ class _GraphResult:
     """What a graph returns of one microbatch."""
 
     sums: dict[str, Tensor]
-    sq_norms_B: Tensor
+    sq_norms_KB: Tensor
     losses_B: Tensor
     needs_eager: Tensor
 
@@ -133,12 +133,13 @@ class CompiledClipping:
                 )
             if not graph.agrees:
                 self._check_agreement(result, as_called, inputs, checked_B, low=autocast.enabled)
-                for example in {int(result.sq_norms_B.argmin()), int(result.sq_norms_B.argmax())}:
+                sq_norms_B = result.sq_norms_KB.sum(0)
+                for example in {int(sq_norms_B.argmin()), int(sq_norms_B.argmax())}:
                     random_state.rewind()
                     self._check_bound(graph, inputs, torch.zeros_like(checked_B), example)
                 graph.agrees = True
             self._accumulator.add_sums(result.sums)
-        return MicrobatchNorms(norms=result.sq_norms_B.sqrt(), losses=result.losses_B)
+        return self._accumulator.seen(result.sq_norms_KB, result.losses_B)
 
     def _state(self) -> dict[str, Tensor]:
         """Returns the model's parameters and buffers by name, as plain tensors."""
@@ -189,8 +190,10 @@ class CompiledClipping:
         compiled = torch.compile(traced, fullgraph=True, dynamic=False, options=_COMPILER_OPTIONS)
 
         def call(state: dict[str, Tensor], inputs: Any, weights_B: Tensor) -> _GraphResult:
-            sums, sq_norms_B, losses_B, needs_eager = compiled(state, inputs, weights_B)
-            return _GraphResult(sums=sums, sq_norms_B=sq_norms_B, losses_B=losses_B, needs_eager=needs_eager)
+            sums, sq_norms_KB, losses_B, needs_eager = compiled(state, inputs, weights_B)
+            return _GraphResult(
+                sums=sums, sq_norms_KB=sq_norms_KB, losses_B=losses_B, needs_eager=needs_eager
+            )
 
         return call
 
@@ -201,25 +204,29 @@ class CompiledClipping:
         tape, losses_B = self._accumulator.record(
             lambda: loss_fn(self._model, inputs), batch_size=len(weights_B)
         )
-        sums, sq_norms_B = self._accumulator.clipped_sums(tape, weights_B)
+        sums, sq_norms_KB = self._accumulator.clipped_sums(tape, weights_B)
         low = low or any(p.dtype.itemsize < 4 for p in self._accumulator.parameters.values())
         share = _LOW_PRECISION_AGREEMENT if low else _AGREEMENT
         # What is tiny beside C inherits the rounding of what is not.
         least = self._accumulator.sensitivity.l2 * 1e-3
-        norms_B = sq_norms_B.sqrt()
-        _require("a norm", (result.sq_norms_B.sqrt() - norms_B).abs(), norms_B.clamp(min=least), share)
+        norms_KB = sq_norms_KB.sqrt()
+        _require("a norm", (result.sq_norms_KB.sqrt() - norms_KB).abs(), norms_KB.clamp(min=least), share)
         _require("losses", (result.losses_B - losses_B).norm(), losses_B.norm(), share)
         for name, total in sums.items():
             difference = (result.sums[name] - total).norm()
             _require(f"the sum of {name}", difference, total.norm().clamp(min=least), share)
 
     def _check_bound(self, graph: _Graph, inputs: Any, weights_B: Tensor, example: int) -> None:
-        """Checks that what one example alone adds is as long as its norm says, clipped: the sensitivity itself."""
+        """Checks that what one example alone adds to a group is as long as its norm says, clipped: the sensitivity."""
         weights_B[example] = 1.0
         alone = _run(graph.run, self._state(), inputs, weights_B)
-        found = torch.stack([total.double().norm() for total in alone.sums.values()]).norm()
-        clipped = alone.sq_norms_B[example].sqrt().double().clamp(max=self._accumulator.sensitivity.l2)
-        _require("what one example adds", (found - clipped).abs(), clipped, _BOUND_AGREEMENT)
+        groups = self._accumulator.groups
+        for group, bound, sq_norms_B in zip(
+            groups.groups, groups.l2_clip_norms, alone.sq_norms_KB, strict=True
+        ):
+            found = torch.stack([alone.sums[name].double().norm() for name in group.parameters]).norm()
+            clipped = sq_norms_B[example].sqrt().double().clamp(max=bound)
+            _require("what one example adds", (found - clipped).abs(), clipped, _BOUND_AGREEMENT)
 
 
 class _Step(nn.Module):
@@ -236,11 +243,11 @@ class _Step(nn.Module):
             tape, losses_B = accumulator.record(
                 lambda: self._loss_fn(self.model, inputs), batch_size=len(weights_B)
             )
-            sums, sq_norms_B = accumulator.clipped_sums(tape, weights_B)
-        needs_eager = ~torch.isfinite(sq_norms_B.sqrt()).all()
+            sums, sq_norms_KB = accumulator.clipped_sums(tape, weights_B)
+        needs_eager = ~torch.isfinite(sq_norms_KB.sqrt()).all()
         for cancelled_B in cancelled:
             needs_eager = needs_eager | cancelled_B.any()
-        return sums, sq_norms_B, losses_B, needs_eager
+        return sums, sq_norms_KB, losses_B, needs_eager
 
 
 def _require(what: str, difference: Tensor, size: Tensor, share: float) -> None:

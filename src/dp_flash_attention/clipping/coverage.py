@@ -49,14 +49,7 @@ def plan_recording(model: nn.Module, fallback_modules: Collection[str]) -> tuple
             near = get_close_matches(name, modules, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "See model.named_modules() for the names."
             raise InvalidInputError("fallback_modules", name, bound="the name of a module", remedy=hint)
-    canonical = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if not canonical:
-        raise InvalidInputError(
-            "model",
-            type(model).__name__,
-            bound="a module with a trainable parameter",
-            remedy="Unfreeze some of it.",
-        )
+    canonical = {id(p): name for name, p in trainable_parameters(model).items()}
     refuse_batch_statistics(modules)
     _refuse_routers(modules)
     recorded: list[Recorded] = []
@@ -91,6 +84,23 @@ def plan_recording(model: nn.Module, fallback_modules: Collection[str]) -> tuple
             f"one example at a time, or freeze the parameter with requires_grad_(False)."
         )
     return tuple(recorded)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that are trained by name, a tied one once.
+
+    Raises:
+        InvalidInputError: If there is none.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise InvalidInputError(
+            "model",
+            type(model).__name__,
+            bound="a module with a trainable parameter",
+            remedy="Unfreeze some of it.",
+        )
+    return found
 
 
 def modules_with_batch_statistics(model: nn.Module) -> dict[str, nn.Module]:

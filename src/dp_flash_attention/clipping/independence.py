@@ -69,7 +69,11 @@ def check_examples_independent(
         )
     with _state_restored(model), _moved_from_zero(accumulator.parameters.values()):
         _check_parameters(accumulator, model, loss_fn, inputs)
-        _check_buffers(model, loss_fn, inputs)
+        _check_buffers(model, loss_fn, inputs, size=1 if accumulator.strategy == "one_example" else 2)
+        if accumulator.strategy == "one_example":
+            with _evaluating(model):
+                _check_memory(accumulator, loss_fn, inputs)
+            return
         with _evaluating(model):
             for size in _PROBE_SIZES:
                 batch = _rows(inputs, range(size))
@@ -156,11 +160,27 @@ def _check_company(model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: A
         )
 
 
-def _check_buffers(model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: Any) -> None:
+def _check_memory(
+    accumulator: ClippedGradientAccumulator, loss_fn: Callable[[Any], Tensor], inputs: Any
+) -> None:
+    """Examples that run one at a time can touch each other through what the model remembers alone."""
+    norms, losses = [], []
+    for row in (0, 1, 2, 0):
+        tape, loss = accumulator.record(partial(loss_fn, _rows(inputs, [row])), batch_size=1)
+        norms.append(accumulator.sq_norms_of(tape).sqrt())
+        losses.append(loss)
+    if not (_close(losses[0], losses[3], losses[0].dtype) and _close(norms[0], norms[3], losses[0].dtype)):
+        raise ExampleCouplingError(
+            "an example's loss or gradient norm changes with the examples that ran before it, so the model carries "
+            "state from one to the next. Remove that state, or reset it in the forward pass."
+        )
+
+
+def _check_buffers(model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: Any, *, size: int) -> None:
     """Buffers that change in a forward pass would carry raw data into the released model."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
-        loss_fn(_rows(inputs, range(2)))
+        loss_fn(_rows(inputs, range(size)))
     for name, buffer in model.named_buffers():
         if name in before and not torch.equal(before[name], buffer):
             raise ExampleCouplingError(

@@ -5,7 +5,7 @@ Tests and the verification of kernels compare with this. Nothing on the fast pat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Any
 
@@ -37,10 +37,32 @@ def clipped_sum(
     gradients: dict[str, Tensor], *, l2_clip_norm: float, weights: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns the sum of flat-clipped gradients by parameter, and the norms before clipping, [B]."""
-    flat = torch.cat([g.flatten(1).double() for g in gradients.values()], 1)
-    norms = torch.linalg.vector_norm(flat, dim=1)
-    factors = torch.where(norms > l2_clip_norm, l2_clip_norm / norms, torch.ones_like(norms))
-    if weights is not None:
-        factors = factors * weights
-    sums = {name: torch.einsum("b,b...->...", factors.to(g.dtype), g) for name, g in gradients.items()}
-    return sums, norms
+    whole = [(tuple(gradients), l2_clip_norm)]
+    return clipped_sum_of_groups(gradients, groups=whole, weights=weights)
+
+
+def clipped_sum_of_groups(
+    gradients: dict[str, Tensor],
+    *,
+    groups: Iterable[tuple[Iterable[str], float]],
+    weights: Tensor | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns the sum of gradients, each group of which is clipped alone, and the norms before clipping, [B].
+
+    Args:
+        gradients: [B, *parameter.shape] by parameter.
+        groups: Names of parameters with their bound C_k.
+        weights: 1 for a real example, 0 for padding.
+    """
+    sums: dict[str, Tensor] = {}
+    squares = []
+    for names, bound in groups:
+        part = {name: gradients[name] for name in names}
+        flat = torch.cat([g.flatten(1).double() for g in part.values()], 1)
+        norms = torch.linalg.vector_norm(flat, dim=1)
+        factors = torch.where(norms > bound, bound / norms, torch.ones_like(norms))
+        if weights is not None:
+            factors = factors * weights
+        sums |= {name: torch.einsum("b,b...->...", factors.to(g.dtype), g) for name, g in part.items()}
+        squares.append(norms.square())
+    return {name: sums[name] for name in gradients}, torch.stack(squares).sum(0).sqrt()

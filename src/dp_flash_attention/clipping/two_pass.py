@@ -25,7 +25,7 @@ from dp_flash_attention.clipping.clip import ClipFactors
 from dp_flash_attention.clipping.contributions import Contribution, combined_sq_norms
 from dp_flash_attention.clipping.precision import full_precision
 from dp_flash_attention.clipping.tape import Tape
-from dp_flash_attention.core.errors import MissingRuleError
+from dp_flash_attention.core.errors import MissingRuleError, RunStateError
 
 
 class NormTape(Tape):
@@ -112,3 +112,17 @@ class SumTape(Tape):
     def has_seen(self, parameter: str) -> bool:
         """Whether a use of the parameter was recorded."""
         return parameter in self._seen
+
+
+def check_same_losses(first_B: Tensor, second_B: Tensor) -> None:
+    """Checks that the second pass is the first again.
+
+    Raises:
+        RunStateError: If a loss differs in a single bit.
+    """
+    if not torch.equal(second_B.nan_to_num(), first_B.nan_to_num()):
+        raise RunStateError(
+            "the second forward pass gave other losses than the first, so its gradients are not those that were "
+            "measured; nothing was added. A loss function must give the same result when called twice: use the "
+            "strategy 'bookkeeping', or take out what changes between calls (state, random numbers of your own)."
+        )

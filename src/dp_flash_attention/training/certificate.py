@@ -32,6 +32,10 @@ _EXACT_ASSUMED = (
     "The generator's advantage in delta: no attack on AES-256 beats key search with 2^64 sequential Grover iterations.",
     "The evaluation's noise, if there is one, is 'secure': float64 rounding of its few sums is not part of the analysis.",
 )
+_CLIPPING = {
+    "flat": "one norm over all parameters",
+    "per_layer": "one norm for each group of parameters, the squares of whose bounds add up to the squared clip norm",
+}
 _NOT_COVERED = (
     "diagnostics/ (losses, norms, sampled sizes, exact scores): private data.",
     "Running time, memory and error messages.",
@@ -144,7 +148,9 @@ def build_certificate(
             "training_epsilon_by_pld": plan.accounted_epsilon,
             "training_epsilon_by_rdp_as_cross_check": rdp,
             "l2_sensitivity_of_a_step": plan.l2_clip_norm,
-            "method": "exact per-example clipping; privacy loss distributions with pessimistic rounding",
+            "clipping": plan.clipping,
+            "method": f"exact per-example clipping, {_CLIPPING[plan.clipping]}; privacy loss distributions with "
+            "pessimistic rounding",
             **_finite_precision(plan),
         }
         if private

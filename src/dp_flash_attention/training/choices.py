@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from dp_flash_attention.clipping.clip_groups import Clipping, checked_clipping
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.validation import open_unit, positive_finite, positive_int
 from dp_flash_attention.training.finite_precision import TrainingNoise
@@ -62,6 +63,7 @@ class RunRequest:
         noise: Name of the noise generator.
         dataset_size: The number of records, if it is public; None releases it under differential privacy.
         holdout_prob: Probability with which a record is kept for the evaluation; 0 for no evaluation.
+        clipping: What of a record's gradient is clipped together; see ``PrivacyPlan``.
 
     Raises:
         InvalidInputError: If a value lies outside its range.
@@ -77,6 +79,7 @@ class RunRequest:
     noise: TrainingNoise = "secure"
     dataset_size: int | None = None
     holdout_prob: float = 0.1
+    clipping: Clipping = "flat"
 
     def __post_init__(self) -> None:
         positive_finite("epsilon", self.epsilon, remedy="Common values lie between 0.1 and 10.")
@@ -100,6 +103,7 @@ class RunRequest:
                 "would satisfy it",
                 remedy=f"Use {0.1 / self.dataset_size:.0e} or less.",
             )
+        checked_clipping(self.clipping, None)
         if self.noise not in ("secure", "exact", "fast"):
             raise InvalidInputError(
                 "noise",

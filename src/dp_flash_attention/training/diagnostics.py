@@ -54,15 +54,11 @@ class JsonLinesDiagnostics:
 
 
 class StepTally:
-    """Collects what a step's microbatches showed; padding rows are left out.
+    """Collects what a step's microbatches showed; padding rows are left out."""
 
-    Args:
-        l2_clip_norm: C, for the share of clipped examples.
-    """
-
-    def __init__(self, l2_clip_norm: float) -> None:
-        self._l2_clip_norm = l2_clip_norm
+    def __init__(self) -> None:
         self._norms: list[Tensor] = []
+        self._clipped: list[Tensor] = []
         self._losses: list[Tensor] = []
 
     def add(self, weights: Tensor, seen: MicrobatchNorms) -> None:
@@ -70,6 +66,7 @@ class StepTally:
         real = weights > 0
         self._norms.append(seen.norms[real].double().cpu())
         self._losses.append(seen.losses[real].double().cpu())
+        self._clipped.append(seen.clipped[real].double().cpu())
 
     def record(self, step: int) -> dict[str, Any]:
         """Returns the step's record; means and quantiles of an empty batch are None."""
@@ -88,7 +85,7 @@ class StepTally:
             "sampled_batch_size": len(norms),
             "loss_mean": float(torch.cat(self._losses).mean()),
             "norm_quantiles": dict(zip(map(str, _QUANTILES), quantiles, strict=True)),
-            "clipped_fraction": float((norms > self._l2_clip_norm).double().mean()),
+            "clipped_fraction": float(torch.cat(self._clipped).mean()),
         }
 
 

@@ -131,7 +131,7 @@ class TrainingLoop:
                 self.on_step(stopwatch.report(session.step_index))
 
     def _accumulate(self, step: LogicalStep, interrupt: DeferredInterrupt) -> StepTally:
-        tally = StepTally(self.session.plan.l2_clip_norm)
+        tally = StepTally()
         interrupt.check()
         for microbatch in step:
             tally.add(microbatch.weights, self.session.accumulate(microbatch, self.loss_fn))

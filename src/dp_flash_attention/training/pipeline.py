@@ -18,6 +18,7 @@ from torch import nn
 
 from dp_flash_attention.accounting import discrete_laplace_scale, split_budget
 from dp_flash_attention.clipping import ClippedGradientAccumulator, check_examples_independent
+from dp_flash_attention.clipping.clip_groups import BoundedGroups, bounded_groups
 from dp_flash_attention.core.durable import write_atomically
 from dp_flash_attention.core.errors import InvalidInputError, RunStateError
 from dp_flash_attention.noise import TestKey, discrete_laplace
@@ -129,7 +130,7 @@ def run_private_training(
     model = task.build_model()
     if not resume:
         # Whatever may be wrong with the model or the loss shows before a directory is made or a count spent.
-        _rehearse(model, task, request)
+        _rehearse(model, task, request, execution)
     with RunDirectory.open(out_dir, resume=resume, test_key=test_key) as run:
         for name, value in {**(facts or {}), REQUEST_FACT: asdict(request)}.items():
             run.remember(name, value)
@@ -232,6 +233,7 @@ class _Run:
             sampling_prob=choices.sampling_prob,
             noise=request.noise,
             num_parameters=_count_trained(self._model) if request.noise == "exact" else None,
+            clipping=request.clipping,
         )
         self._run.remember("plan", plan.to_dict())
         return plan
@@ -253,6 +255,11 @@ class _Run:
             settings={"task": dict(task.settings)},
             on_step=self._watch.on_step,
         ).fit(Subset(task.dataset, self._split.train))
+
+    def _groups(self, plan: PrivacyPlan) -> BoundedGroups:
+        return bounded_groups(
+            self._model, l2_clip_norm=plan.l2_clip_norm, clipping=plan.clipping, groups=plan.clip_groups
+        )
 
     def _evaluate(self, plan: PrivacyPlan) -> Evaluation | None:
         run, request = self._run, self._request
@@ -350,6 +357,7 @@ class _Run:
                 "microbatch_size": self._execution.microbatch_size,
                 "compile": self._execution.compile,
                 "strategy": self._execution.strategy,
+                "num_clip_groups": len(self._groups(plan).groups),
                 "reasons": dict(choices.reasons),
             },
             uses_test_key=uses_test_key,
@@ -357,9 +365,12 @@ class _Run:
         )
 
 
-def _rehearse(model: nn.Module, task: Task, request: RunRequest) -> None:
+def _rehearse(model: nn.Module, task: Task, request: RunRequest, execution: ExecutionConfig | None) -> None:
     accumulator = ClippedGradientAccumulator(
-        model, l2_clip_norm=request.l2_clip_norm or task.defaults.l2_clip_norm
+        model,
+        l2_clip_norm=request.l2_clip_norm or task.defaults.l2_clip_norm,
+        strategy=(execution or ExecutionConfig()).strategy,
+        clipping=request.clipping,
     )
     few = task.dataset.take(torch.arange(min(_REHEARSAL_ROWS, len(task.dataset))))
     check_examples_independent(accumulator, model, lambda rows: task.loss_fn(model, rows), few)

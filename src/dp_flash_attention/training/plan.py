@@ -7,18 +7,12 @@ change speed is in ``execution.ExecutionConfig``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from typing import Any
 
-from dp_flash_attention.accounting import (
-    Accountant,
-    PoissonSampledGaussian,
-    calibrate_noise_multiplier,
-    epsilon_schedule,
-)
-from dp_flash_attention.accounting import epsilon as accounted_epsilon_of
+from dp_flash_attention.accounting import Accountant, PoissonSampledGaussian, calibrate_noise_multiplier
+from dp_flash_attention.clipping.clip_groups import ClipGroup, Clipping, checked_clipping, read_groups
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import (
     Guarantee,
@@ -34,6 +28,7 @@ from dp_flash_attention.core.validation import (
     positive_int,
     probability,
 )
+from dp_flash_attention.training.cached_accountant import cached_epsilon, cached_schedule
 from dp_flash_attention.training.finite_precision import (
     FinitePrecision,
     TrainingNoise,
@@ -45,6 +40,8 @@ _CLIP_REMEDY = "Values between 0.1 and 10 are usual; 1.0 is a good start."
 _STEPS_REMEDY = "Count the optimizer steps, empty batches included."
 _BATCH_REMEDY = "Choose it yourself; it is public and never derived from the data."
 _PROB_REMEDY = "Use expected batch size / number of records."
+_LEFT_OUT_IF_NONE = ("num_parameters", "clip_groups")
+_IN_GROUPS = "; each group of parameters is clipped to a bound of its own, and the squares of the bounds add up to its square"
 _SOURCES: dict[Accountant, str] = {
     "pld": "Abadi et al. 2016; Koskela et al. 2020; Zhu, Dong & Wang 2022, Thm 10; Doroshenko et al. 2022",
     "rdp": "Abadi et al. 2016; Mironov, Talwar & Zhang 2019, section 3.3; Canonne, Kamath & Steinke 2020",
@@ -69,6 +66,10 @@ class PrivacyPlan:
         accountant: ``"pld"`` or ``"rdp"``.
         dataset_size: The number of records if that number is public, otherwise None.
         num_parameters: Number of trainable coordinates; needed by noise ``"exact"`` and None for the others.
+        clipping: What of a record's gradient is clipped together: ``"flat"``, all of it to C; or ``"per_layer"``, the
+            part of each group k of parameters to C_k, with ``Σ C_k² = C²``. Sensitivity and noise are the same.
+        clip_groups: The groups of ``"per_layer"`` with their weights; None means one of bound C/√K for each of the
+            K modules that own parameters.
 
     Raises:
         InvalidInputError: If a value lies outside its range, δ is at least 1 / number of records (as
@@ -78,7 +79,7 @@ class PrivacyPlan:
     Guarantees:
         neighbouring relation: add or remove one record.
         privacy unit: one record (example).
-        sensitivity: C in L2 norm, of each step's sum of clipped gradients.
+        sensitivity: C in L2 norm, of each step's sum of clipped gradients; clipped in groups, ``sqrt(Σ C_k²) = C``.
         public: every field of the plan, the model's architecture and initial parameters, the optimizer.
         theorem: Poisson-subsampled Gaussian mechanism, adaptively composed ``num_steps`` times by privacy
             loss distributions with pessimistic rounding (or by Rényi DP); Abadi et al. 2016; Koskela et
@@ -97,6 +98,8 @@ class PrivacyPlan:
     accountant: Accountant = "pld"
     dataset_size: int | None = None
     num_parameters: int | None = None
+    clipping: Clipping = "flat"
+    clip_groups: tuple[ClipGroup, ...] | None = None
 
     def __post_init__(self) -> None:
         PrivacyBudget(epsilon=self.epsilon, delta=self.delta)
@@ -114,6 +117,7 @@ class PrivacyPlan:
                 self.noise_multiplier,
                 remedy="Use PrivacyPlan.for_budget() to calibrate it.",
             ),
+            "clip_groups": read_groups(self.clip_groups),
         }
         for name, value in checked.items():  # plain Python numbers, so that equality and JSON are exact
             object.__setattr__(self, name, value)
@@ -121,6 +125,7 @@ class PrivacyPlan:
             "noise", self.noise, ("secure", "exact", "fast"), remedy="Use 'secure' for anything released."
         )
         _one_of("accountant", self.accountant, ("pld", "rdp"), remedy="Leave it at 'pld'.")
+        checked_clipping(self.clipping, self.clip_groups)
         if self.dataset_size is not None:
             positive_int(
                 "dataset_size", self.dataset_size, remedy="State the public number of records, or None."
@@ -148,6 +153,8 @@ class PrivacyPlan:
         noise: TrainingNoise = "secure",
         accountant: Accountant = "pld",
         num_parameters: int | None = None,
+        clipping: Clipping = "flat",
+        clip_groups: Sequence[ClipGroup] | None = None,
     ) -> PrivacyPlan:
         """Returns the plan with the least noise that keeps ``num_steps`` steps within (ε, δ).
 
@@ -162,6 +169,8 @@ class PrivacyPlan:
             noise: Name of the noise generator.
             accountant: Name of the accountant.
             num_parameters: Number of trainable coordinates, for noise ``"exact"``.
+            clipping: ``"flat"`` or ``"per_layer"``.
+            clip_groups: The groups of ``"per_layer"``; None means one for each module.
 
         Raises:
             InvalidInputError: If a value lies outside its range, neither ``sampling_prob`` nor
@@ -186,7 +195,8 @@ class PrivacyPlan:
                 )
             sampling_prob = batch / size
         sampling_prob = probability("sampling_prob", sampling_prob, remedy=_PROB_REMEDY)
-        # Before the search for σ: that takes seconds, and this is the likelier mistake.
+        # Before the search for σ: that takes seconds, and these are the likelier mistakes.
+        checked_clipping(clipping, clip_groups)
         _check_delta(
             open_unit("delta", delta, remedy="Choose well below 1 / (number of records)."),
             dataset_size or batch / sampling_prob,
@@ -218,6 +228,8 @@ class PrivacyPlan:
             accountant=accountant,
             dataset_size=dataset_size,
             num_parameters=num_parameters,
+            clipping=clipping,
+            clip_groups=None if clip_groups is None else tuple(clip_groups),
         )
 
     @property
@@ -273,7 +285,8 @@ class PrivacyPlan:
             neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
             privacy_unit=PrivacyUnit.EXAMPLE,
             sensitivity=f"L2 norm {self.l2_clip_norm:g} of each step's sum of clipped gradients, over all "
-            f"parameters together{'' if precision is None else precision.statement}",
+            f"parameters together{'' if self.clipping == 'flat' else _IN_GROUPS}"
+            f"{'' if precision is None else precision.statement}",
             public=(
                 *(field.name for field in fields(self)),
                 "model architecture",
@@ -301,7 +314,7 @@ class PrivacyPlan:
             )
         if count == 0:
             return 0.0
-        return _epsilon(
+        return cached_epsilon(
             self.sampling_prob, self.event.noise_multiplier, count, self.accounted_delta, self.accountant
         )
 
@@ -309,16 +322,14 @@ class PrivacyPlan:
         """Returns a cheap upper bound of ε after k steps, for showing progress."""
         if self.accountant == "rdp":
             return self.epsilon_after
-        return _schedule(
+        return cached_schedule(
             self.sampling_prob, self.event.noise_multiplier, self.num_steps, self.accounted_delta
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values; ``from_dict`` reads them back to an equal plan."""
         values = asdict(self)
-        if self.num_parameters is None:
-            del values["num_parameters"]
-        return values
+        return {k: v for k, v in values.items() if k not in _LEFT_OUT_IF_NONE or v is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyPlan:
@@ -328,7 +339,7 @@ class PrivacyPlan:
             InvalidInputError: If a field is missing, unknown or out of range, or the claim does not hold.
         """
         known = {field.name for field in fields(cls)}
-        wrong = sorted(known.symmetric_difference(values) - {"num_parameters"})
+        wrong = sorted(known.symmetric_difference(values) - {*_LEFT_OUT_IF_NONE, "clipping"})
         if wrong:
             raise InvalidInputError(
                 "plan",
@@ -355,23 +366,3 @@ def _one_of(name: str, value: object, choices: tuple[str, ...], *, remedy: str) 
         raise InvalidInputError(
             name, value, bound=" or ".join(repr(choice) for choice in choices), remedy=remedy
         )
-
-
-# A distribution of many steps takes up to a second; plans are copied, reloaded and asked again.
-@lru_cache(maxsize=256)
-def _epsilon(
-    sampling_prob: float, noise_multiplier: float, num_steps: int, delta: float, accountant: Accountant
-) -> float:
-    event = PoissonSampledGaussian(
-        sampling_prob=sampling_prob, noise_multiplier=noise_multiplier, num_steps=num_steps
-    )
-    return accounted_epsilon_of(event, delta=delta, accountant=accountant)
-
-
-@lru_cache(maxsize=16)
-def _schedule(
-    sampling_prob: float, noise_multiplier: float, num_steps: int, delta: float
-) -> Callable[[int], float]:
-    return epsilon_schedule(
-        sampling_prob=sampling_prob, noise_multiplier=noise_multiplier, num_steps=num_steps, delta=delta
-    )

@@ -13,7 +13,6 @@ before anything is computed or spent.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from dp_flash_attention.clipping import (
     check_examples_independent,
 )
 from dp_flash_attention.clipping.compiled import CompiledClipping
+from dp_flash_attention.clipping.one_example import check_one_example
 from dp_flash_attention.clipping.strategies import Strategy, checked_strategy
 from dp_flash_attention.core.errors import (
     BudgetExhaustedError,
@@ -36,6 +36,7 @@ from dp_flash_attention.core.errors import (
 from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.core.validation import non_negative_int, positive_int
 from dp_flash_attention.noise import SecureBits
+from dp_flash_attention.training.dropout_seed import seeded
 from dp_flash_attention.training.microbatches import (
     CollateFn,
     LogicalStep,
@@ -68,7 +69,8 @@ class PrivateSession:
     Guarantees:
         neighbouring relation: add or remove one record of the data set given to ``steps``.
         privacy unit: one record.
-        sensitivity: ``plan.l2_clip_norm`` for the sum of clipped gradients of each step.
+        sensitivity: ``plan.l2_clip_norm`` for the sum of clipped gradients of each step, whether they are clipped
+            flat or in the plan's groups.
         public: the plan, the model's architecture and initial parameters, the optimizer and its settings.
         theorem: step t releases ``(1/B̄)(Σ_{i∈S_t} clip_C(g_i) + N(0, σ²C² I))`` with a Poisson sample
             S_t, once, and nothing else; the parameters after any number of steps are post-processing. The
@@ -104,7 +106,9 @@ class PrivateSession:
             model,
             l2_clip_norm=plan.l2_clip_norm,
             fallback_modules=fallback_modules,
-            strategy=checked_strategy(strategy, compile=compile),
+            strategy=checked_strategy(strategy, compile=compile, clipping=plan.clipping),
+            clipping=plan.clipping,
+            clip_groups=plan.clip_groups,
         )
         self._compiled = CompiledClipping(self._accumulator, model) if compile else None
         assert self._accumulator.sensitivity == plan.sensitivity, "noise is scaled to what is really bounded"
@@ -167,6 +171,8 @@ class PrivateSession:
         size = positive_int(
             "microbatch_size", microbatch_size, remedy="Use the largest that fits into memory."
         )
+        if self._accumulator.strategy == "one_example":
+            check_one_example(size)
         if self._source is None:
             self._source = RecordSource(dataset, collate_fn=collate_fn)
             self._sampler = PoissonSampler(len(self._source), self.plan, self._sampling_key)
@@ -210,9 +216,9 @@ class PrivateSession:
                 "them."
             )
         if not self._verified:
-            real = microbatch.weights > 0
-            self.verify(pytree.tree_map_only(Tensor, lambda leaf: leaf[real], microbatch.inputs), loss_fn)
-        with self._seeded(step.index, microbatch.position):
+            self.verify(self._to_be_verified(microbatch), loss_fn)
+        position = microbatch.position
+        with seeded(self._dropout_bits, step=step.index, position=position, device=self._device):
             inputs, weights = microbatch.inputs, microbatch.weights
             if self._compiled is not None:
                 norms = self._compiled.add(loss_fn, inputs, batch_size=len(weights), weights=weights)
@@ -237,7 +243,16 @@ class PrivateSession:
         few = pytree.tree_map_only(Tensor, lambda leaf: leaf[:_PROBE_ROWS].to(self._device), inputs)
         check_examples_independent(self._accumulator, self.model, lambda rows: loss_fn(self.model, rows), few)
         # One row beside its own copies cannot show every coupling; the next microbatch is looked at too.
-        self._verified = all(len(leaf) > 1 for leaf in pytree.tree_leaves(few) if isinstance(leaf, Tensor))
+        alone = self._accumulator.strategy == "one_example"
+        self._verified = alone or all(
+            len(leaf) > 1 for leaf in pytree.tree_leaves(few) if isinstance(leaf, Tensor)
+        )
+
+    def _to_be_verified(self, microbatch: Microbatch) -> Any:
+        if self._accumulator.strategy == "one_example" and self._source is not None:
+            return self._source.fetch(torch.arange(min(_PROBE_ROWS, len(self._source))))
+        real = microbatch.weights > 0
+        return pytree.tree_map_only(Tensor, lambda leaf: leaf[real], microbatch.inputs)
 
     def apply(self, step: LogicalStep) -> None:
         """Adds the step's noise, once, divides by the public batch size, and takes the optimizer's step.
@@ -334,15 +349,6 @@ class PrivateSession:
                 "gradients may move the parameters. Call session.apply(step) instead."
             )
 
-    @contextmanager
-    def _seeded(self, step: int, position: int) -> Iterator[None]:
-        """Seeds PyTorch's generators, which dropout uses, and puts back their states."""
-        seed = int(self._dropout_bits.uint64(1, step=step, stream=position)[0] >> 1)
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-
 
 def make_private(
     model: nn.Module,
@@ -369,7 +375,8 @@ def make_private(
         step_index: Number of steps that are done.
         compile: Whether a microbatch's step becomes one graph of ``torch.compile``: slow once, faster then. Keep
             ``loss_fn`` the same and shapes static. See ``clipping.compiled``.
-        strategy: ``"two_pass"`` takes less memory and more time; see ``ClippedGradientAccumulator``.
+        strategy: ``"two_pass"`` takes less memory and more time, ``"one_example"`` microbatches of one and any module;
+            see ``ClippedGradientAccumulator``. What is clipped together is the plan's: ``clipping``.
 
     Raises:
         InvalidInputError: If optimizer and model do not hold the same trainable parameters, or a value is

@@ -157,7 +157,11 @@ class PrivateTrainer:
 
     def _rehearse(self, source: RecordSource) -> None:
         session = make_private(
-            self._model, self._optimizer, self._plan, fallback_modules=self._fallback_modules
+            self._model,
+            self._optimizer,
+            self._plan,
+            fallback_modules=self._fallback_modules,
+            strategy=self._execution.strategy,
         )
         try:
             with using(self._norm_forms):  # empty: it notes the shapes that there are

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dp_flash_attention.clipping.reference import clipped_sum, per_example_gradients
+from dp_flash_attention.clipping.clip_groups import bounded_groups
+from dp_flash_attention.clipping.reference import clipped_sum_of_groups, per_example_gradients
 from dp_flash_attention.core.validation import open_unit
 from dp_flash_attention.noise import SecureBits, TestKey, make_generator
 from dp_flash_attention.noise.rounded_gaussian import RoundedGaussian
@@ -166,7 +167,7 @@ def _definition(
         gradients = per_example_gradients(
             model, lambda rows: loss_fn(model, rows), source.fetch(sample), batch_size=len(sample)
         )
-        sums, _ = clipped_sum(gradients, l2_clip_norm=plan.l2_clip_norm)
+        sums, _ = clipped_sum_of_groups(gradients, groups=_groups(model, plan))
     stddev = plan.noise_multiplier * plan.l2_clip_norm
     if plan.noise == "exact":
         return _on_grid(sums, plan, key, index)
@@ -195,3 +196,10 @@ def _on_grid(sums: dict[str, Tensor], plan: PrivacyPlan, key: TestKey, index: in
 def _two_sided(quantile: Callable[[float], float], false_alarm_rate: float) -> tuple[float, float]:
     rate = open_unit("false_alarm_rate", false_alarm_rate, remedy=_RATE_REMEDY)
     return float(quantile(rate / 2.0)), float(quantile(1.0 - rate / 2.0))
+
+
+def _groups(model: nn.Module, plan: PrivacyPlan) -> list[tuple[tuple[str, ...], float]]:
+    """Returns the plan's groups of parameters; their bounds are computed here, from the definition."""
+    groups = bounded_groups(model, l2_clip_norm=1.0, clipping=plan.clipping, groups=plan.clip_groups).groups
+    total = sum(group.weight**2 for group in groups)
+    return [(group.parameters, plan.l2_clip_norm * (group.weight**2 / total) ** 0.5) for group in groups]

@@ -40,6 +40,23 @@ def test_a_table_becomes_a_model_a_certificate_and_a_report(capsys, table, tmp_p
     assert json.loads((out / "certificate.json").read_text())["claim"]["holds"] is True
 
 
+def test_clipping_by_layer_one_example_at_a_time_is_certified(capsys, table, tmp_path):
+    out = tmp_path / "run"
+    code, printed, err = call(
+        capsys,
+        *("--data", table, "--label", "kind", "--out", out, *QUICK),
+        *("--clipping", "per_layer", "--strategy", "one_example"),
+    )
+    assert (code, err) == (0, "")
+    assert re.search(r"clipping\s+per_layer\s+each module's part", printed)
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert certificate["certified"]["clipping"] == "per_layer"
+    assert certificate["hyper_parameters"]["strategy"] == "one_example"
+    assert certificate["hyper_parameters"]["microbatch_size"] == 1
+    assert certificate["hyper_parameters"]["num_clip_groups"] > 3
+    assert call(capsys, "--resume", "--out", out)[0] == 0
+
+
 def test_every_number_is_printed_with_its_reason(capsys, table):
     code, printed, _ = call(capsys, "--data", table, "--label", "kind", "--clip-norm", "2.5", *QUICK)
     assert code == 0
@@ -96,6 +113,9 @@ def test_a_finished_run_is_resumed_without_harm(capsys, table, tmp_path):
         (["--max-length", "10"], "--max-length"),
         (["--microbatch-size", "0"], "microbatch_size is 0"),
         (["--threads", "0"], "num_threads is 0"),
+        (["--clipping", "per_row"], "clipping is 'per_row'"),
+        (["--clipping", "per_layer", "--strategy", "two_pass"], "strategy is 'two_pass'"),
+        (["--strategy", "one_example", "--microbatch-size", "8"], "microbatch_size is 8"),
         (["--resume"], "--out"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

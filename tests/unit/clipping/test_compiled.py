@@ -25,9 +25,10 @@ def lm_loss(model, ids):
     return language_model_loss(model(ids), ids)
 
 
-def both(model, loss_fn=lm_loss):
-    ours = ClippedGradientAccumulator(model, l2_clip_norm=C)
-    return CompiledClipping(ours, model), ours, ClippedGradientAccumulator(model, l2_clip_norm=C)
+def both(model, clipping="flat"):
+    ours = ClippedGradientAccumulator(model, l2_clip_norm=C, clipping=clipping)
+    eager = ClippedGradientAccumulator(model, l2_clip_norm=C, clipping=clipping)
+    return CompiledClipping(ours, model), ours, eager
 
 
 def assert_same(ours, eager, found, expected):
@@ -43,9 +44,10 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
 
 
-def test_inductor_s_graph_equals_the_eager_step_over_several_steps():
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_inductor_s_graph_equals_the_eager_step_over_several_steps(clipping):
     model = text_model(tie_head=True)
-    step, ours, eager = both(model)
+    step, ours, eager = both(model, clipping)
     for k in range(3):
         ids, weights = torch.randint(0, 60, (4, 12)), torch.tensor([1.0, 1.0, 1.0, 0.0])
         found = step.add(lm_loss, ids, batch_size=4, weights=weights)
@@ -129,10 +131,11 @@ def test_buffers_and_convolutions_are_read_at_each_call():
     assert step.num_traces == 1
 
 
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 @pytest.mark.usefixtures("no_compiler")
-def test_an_example_that_is_not_finite_is_dropped_as_in_the_eager_step():
+def test_an_example_that_is_not_finite_is_dropped_as_in_the_eager_step(clipping):
     model = Dropping()
-    step, ours, eager = both(model)
+    step, ours, eager = both(model, clipping)
     x, y = rows_of(4)
     y[2] = float("nan")
     for seed in range(2):
@@ -319,7 +322,7 @@ def length_and_norm(step, inputs, example):
     with full_precision(inputs.device):  # as add() does; other settings would be compiled anew
         alone = step._graphs[-1].run(step._state(), inputs, weights)
     length = torch.stack([total.double().norm() for total in alone.sums.values()]).norm()
-    return float(length), min(C, float(alone.sq_norms_B[example].double().sqrt()))
+    return float(length), min(C, float(alone.sq_norms_KB.sum(0)[example].double().sqrt()))
 
 
 def test_under_autocast_inductor_rounds_as_the_eager_step_does():

@@ -22,6 +22,7 @@ def built(**changes: Any) -> dict[str, Any]:
             l2_clip_norm=0.5,
             noise_multiplier=1.0,
             noise=changes.pop("noise", "secure"),
+            clipping=changes.pop("clipping", "flat"),
         ),
         "count_release": {"mechanism": "discrete Laplace", "epsilon": 0.01, "scale": 100.0},
         "holdout_prob": 0.1,
@@ -65,6 +66,20 @@ def test_the_claim_and_its_five_statements() -> None:
 )
 def test_what_is_taken_for_granted_is_said(changes: dict[str, Any], words: str) -> None:
     assert any(words in line for line in built(**changes)["assumed"])
+
+
+@pytest.mark.parametrize(
+    ("clipping", "words"), [("flat", "one norm over all"), ("per_layer", "one norm for each group")]
+)
+def test_what_is_clipped_together_is_certified(clipping: str, words: str) -> None:
+    content = built(clipping=clipping)
+    certified = content["certified"]
+    assert certified["clipping"] == clipping
+    assert words in certified["method"]
+    assert certified["l2_sensitivity_of_a_step"] == 0.5
+    training = next(part for part in content["mechanisms"] if part["name"] == "training")
+    assert training["parameters"]["clipping"] == clipping
+    assert PrivacyPlan.from_dict(training["parameters"]).clipping == clipping
 
 
 def test_what_is_not_assumed_is_not_said() -> None:

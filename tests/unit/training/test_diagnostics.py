@@ -32,12 +32,13 @@ def test_resuming_drops_steps_that_are_repeated_and_the_line_that_broke_off(tmp_
 
 
 def test_a_tally_leaves_padding_out() -> None:
-    tally = StepTally(1.0)
+    tally = StepTally()
     for norms, losses, weights in (
         ([0.5, 2.0], [1.0, 3.0], [1.0, 1.0]),
         ([1.5, 99.0], [5.0, 99.0], [1.0, 0.0]),
     ):
-        seen = MicrobatchNorms(norms=torch.tensor(norms), losses=torch.tensor(losses))
+        norms_B = torch.tensor(norms)
+        seen = MicrobatchNorms(norms=norms_B, losses=torch.tensor(losses), clipped=norms_B > 1.0)
         tally.add(torch.tensor(weights), seen)
     record = tally.record(7)
     assert (record["step"], record["sampled_batch_size"], record["loss_mean"]) == (7, 3, 3.0)
@@ -46,7 +47,7 @@ def test_a_tally_leaves_padding_out() -> None:
 
 
 def test_an_empty_batch_has_a_line_and_no_mean() -> None:
-    record = StepTally(1.0).record(4)
+    record = StepTally().record(4)
     assert record["sampled_batch_size"] == 0
     assert record["loss_mean"] is None
     json.dumps(record)

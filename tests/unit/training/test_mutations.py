@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dp_flash_attention.clipping import accumulator as accumulator_module
+from dp_flash_attention.clipping import clip_groups, group_clipping
 from dp_flash_attention.clipping.accumulator import ClippedGradientAccumulator
 from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import PrivacyPlan
@@ -60,12 +60,12 @@ def plan(**changes: Any) -> PrivacyPlan:
     return PrivacyPlan(**(values | changes))
 
 
-def definition_check() -> Check:
+def definition_check(clipping: str = "flat") -> Check:
     """Eight steps: with this key one is empty and others have several microbatches."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
     return check_steps_follow_definition(
-        model, loss_fn, Records(), plan(), key=TestKey("mutations"), microbatch_size=2
+        model, loss_fn, Records(), plan(clipping=clipping), key=TestKey("mutations"), microbatch_size=2
     )
 
 
@@ -95,12 +95,12 @@ def one_noise_for_all_steps(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_clip_norm(patch: pytest.MonkeyPatch) -> None:
-    original = accumulator_module.flat_clip_factors
+    original = group_clipping.flat_clip_factors
 
     def twice(sq_norms_B: Tensor, *, l2_clip_norm: float, weights_B: Tensor) -> Any:
         return original(sq_norms_B, l2_clip_norm=2.0 * l2_clip_norm, weights_B=weights_B)
 
-    patch.setattr(accumulator_module, "flat_clip_factors", twice)
+    patch.setattr(group_clipping, "flat_clip_factors", twice)
 
 
 def skipped_parameter(patch: pytest.MonkeyPatch) -> None:
@@ -184,15 +184,47 @@ ENGINE_MUTATIONS: list[Callable[[pytest.MonkeyPatch], None]] = [
 ]
 
 
-def test_the_unchanged_engine_passes() -> None:
-    check = definition_check()
+def c_for_each_layer(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(clip_groups.math, "hypot", lambda *weights: 1.0)
+
+
+def noise_of_one_layer(patch: pytest.MonkeyPatch) -> None:
+    """Scales the noise to C_k = C / sqrt(K), the bound of one of the two layers."""
+    noise_over_sqrt_2(patch)
+
+
+def flat_instead_of_per_layer(patch: pytest.MonkeyPatch) -> None:
+    original = session_module.ClippedGradientAccumulator
+
+    def flat(model: nn.Module, **options: Any) -> ClippedGradientAccumulator:
+        return original(model, **(options | {"clipping": "flat", "clip_groups": None}))
+
+    patch.setattr(session_module, "ClippedGradientAccumulator", flat)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_the_unchanged_engine_passes(clipping: str) -> None:
+    check = definition_check(clipping)
     assert check.passed, check
 
 
-@pytest.mark.parametrize("mutation", ENGINE_MUTATIONS)
-def test_engine_mutation_is_noticed(mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: Any) -> None:
+@pytest.mark.parametrize("mutation", [c_for_each_layer, noise_of_one_layer, flat_instead_of_per_layer])
+def test_mutation_of_clipping_by_layer_is_noticed(
+    mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: Any
+) -> None:
     mutation(monkeypatch)
-    check = definition_check()
+    check = definition_check("per_layer")
+    assert not check.passed
+    assert check.statistic > 30 * check.high, "the margin between a bug and rounding"
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("mutation", ENGINE_MUTATIONS)
+def test_engine_mutation_is_noticed(
+    mutation: Callable[[pytest.MonkeyPatch], None], clipping: str, monkeypatch: Any
+) -> None:
+    mutation(monkeypatch)
+    check = definition_check(clipping)
     assert not check.passed
     assert check.statistic > 30 * check.high, "the margin between a bug and rounding"
 

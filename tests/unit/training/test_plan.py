@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dp_flash_attention.clipping.clip_groups import ClipGroup
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation
 from dp_flash_attention.training import PrivacyPlan
@@ -113,3 +114,41 @@ def test_a_plan_comes_back_from_json_and_is_checked_again() -> None:
 def test_the_source_names_the_accountant_that_was_used() -> None:
     assert "Mironov" in PLAN.guarantee.source
     assert "Koskela" in replace(PLAN, accountant="pld").guarantee.source
+
+
+GROUPS = (ClipGroup(name="a", parameters=("w", "v"), weight=2.0), ClipGroup(name="b", parameters=("u",)))
+
+
+def test_the_kind_of_clipping_is_part_of_the_plan_and_of_what_it_states() -> None:
+    plan = replace(PLAN, clipping="per_layer", clip_groups=GROUPS)
+    assert plan != PLAN
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert values["clipping"] == "per_layer"
+    assert PrivacyPlan.from_dict(values) == plan
+    assert (plan.sensitivity, plan.event, plan.release_stddev) == (
+        PLAN.sensitivity,
+        PLAN.event,
+        PLAN.release_stddev,
+    ), "the squares of the bounds add up to C²"
+    assert "squares of the bounds" in plan.guarantee.sensitivity
+    assert "squares of the bounds" not in PLAN.guarantee.sensitivity
+    assert {"clipping", "clip_groups"} <= set(plan.guarantee.public)
+
+
+def test_a_plan_of_before_there_were_kinds_is_flat() -> None:
+    values = PLAN.to_dict()
+    assert values.pop("clipping") == "flat"
+    assert PrivacyPlan.from_dict(values) == PLAN
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"clipping": "per_row"}, "clipping"), ({"clip_groups": GROUPS}, "clip_groups")],
+)
+def test_an_unknown_kind_and_groups_for_flat_clipping_are_refused(
+    changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{named} is"):
+        replace(PLAN, **changes)
+    with pytest.raises(InvalidInputError, match=f"^{named} is"):
+        PrivacyPlan.for_budget(**(BUDGET | {"sampling_prob": 0.01} | changes))

@@ -99,6 +99,49 @@ def test_every_step_follows_the_definition(microbatch_size: int, noise: str) -> 
     assert check.passed, check
 
 
+def test_one_example_at_a_time_needs_microbatches_of_one() -> None:
+    session = session_of(strategy="one_example")
+    with pytest.raises(InvalidInputError, match="microbatch_size is 4, but it must be 1"):
+        next(session.steps(Records(), microbatch_size=4))
+    take_all_steps(session, Records(), microbatch_size=1)
+    reference = session_of()
+    take_all_steps(reference, Records(), microbatch_size=1)
+    torch.testing.assert_close(parameters_of(session.model), parameters_of(reference.model))
+
+
+def test_one_example_at_a_time_is_checked_on_several_records() -> None:
+    """A microbatch holds one, and beside copies of itself it would show no state that is carried over."""
+
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 1), torch.zeros(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x + self.last)
+            self.last = x.detach().mean(0)
+            return y
+
+    session = session_of(model=Remembers(), strategy="one_example")
+    with pytest.raises(ExampleCouplingError, match="ran before it"):
+        take_all_steps(session, Records(), microbatch_size=1)
+
+
+def test_groups_and_two_passes_are_refused_together() -> None:
+    with pytest.raises(InvalidInputError, match="with clipping 'per_layer'"):
+        session_of(the_plan=plan(clipping="per_layer"), strategy="two_pass")
+
+
+def test_a_compiled_session_clips_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    models = []
+    for compiled in (True, False):
+        session = session_of(the_plan=plan(clipping="per_layer"), compile=compiled)
+        take_all_steps(session, Records())
+        models.append(parameters_of(session.model))
+    torch.testing.assert_close(*models, rtol=1e-4, atol=1e-5)
+
+
 def test_empty_batches_are_steps_with_noise() -> None:
     # 60 records at 1 % leave about half of the steps empty: 0.99^60 = 0.55.
     sparse = plan(sampling_prob=0.01, num_steps=8, expected_batch_size=0.6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dp_flash_attention.core.errors import ExampleCouplingError, InvalidInputError, RunStateError
+from dp_flash_attention.clipping.clip_groups import ClipGroup
+from dp_flash_attention.core.errors import (
+    ExampleCouplingError,
+    InvalidInputError,
+    MissingRuleError,
+    RunStateError,
+)
 from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import (
     ExecutionConfig,
@@ -133,6 +140,55 @@ def test_a_stopped_run_ends_as_the_unbroken_one(tmp_path: Path, unbroken: Traini
     assert [json.loads(line)["step"] for line in lines] == list(range(6))
 
 
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("strategy", ["bookkeeping", "one_example"])
+def test_every_way_to_clip_ends_as_its_unbroken_run(
+    tmp_path: Path, unbroken: TrainingResult, strategy: Any, clipping: Any
+) -> None:
+    options = {
+        "execution": ExecutionConfig(
+            microbatch_size=1 if strategy == "one_example" else 4, checkpoint_every=2, strategy=strategy
+        ),
+        "plan": replace(PLAN, clipping=clipping),
+    }
+    whole = trainer(tmp_path / "whole", **options).fit(records())
+    with pytest.raises(Stopped):
+        trainer(tmp_path / "run", on_step=stop_after(3, dies), **options).fit(records())
+    result = trainer(tmp_path / "run", seed=9, **options).fit(records(), resume=True)
+    assert result.first_step == 2
+    assert result.model_path.read_bytes() == whole.model_path.read_bytes()
+    is_default = (strategy, clipping) == ("bookkeeping", "flat")
+    assert (whole.model_path.read_bytes() == unbroken.model_path.read_bytes()) is is_default
+
+
+def test_groups_of_ones_own_are_trained_and_remembered(tmp_path: Path) -> None:
+    groups = (
+        ClipGroup(name="weights", parameters=("0.weight", "2.weight"), weight=3.0),
+        ClipGroup(name="biases", parameters=("0.bias", "2.bias")),
+    )
+    plan = replace(PLAN, clipping="per_layer", clip_groups=groups)
+    with pytest.raises(Stopped):
+        trainer(tmp_path / "run", plan=plan, on_step=stop_after(3, dies)).fit(records())
+    with pytest.raises(RunStateError, match=r"^plan\.clip_groups was .* same noise"):
+        trainer(tmp_path / "run", plan=replace(plan, clip_groups=groups[::-1])).fit(records(), resume=True)
+    trainer(tmp_path / "run", plan=plan).fit(records(), resume=True)
+
+
+def test_a_model_without_rules_is_trained_one_example_at_a_time(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    with pytest.raises(MissingRuleError):
+        trainer(tmp_path / "refused", model=Scaled()).fit(records())
+    execution = ExecutionConfig(microbatch_size=1, strategy="one_example")
+    assert trainer(tmp_path / "run", model=Scaled(), execution=execution).fit(records()).num_steps == 6
+
+
 def test_ctrl_c_saves_the_step_that_is_whole(tmp_path: Path, unbroken: TrainingResult) -> None:
     press = stop_after(3, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="3 of 6 steps are saved"):
@@ -152,6 +208,9 @@ def test_a_finished_run_can_be_asked_again(unbroken: TrainingResult, tmp_path: P
     [
         ({"plan": PrivacyPlan(**{**PLAN.to_dict(), "noise_multiplier": 2.0})}, "plan.noise_multiplier"),
         ({"plan": PrivacyPlan(**{**PLAN.to_dict(), "l2_clip_norm": 5.0})}, "plan.l2_clip_norm"),
+        ({"plan": PrivacyPlan(**{**PLAN.to_dict(), "clipping": "per_layer"})}, "plan.clipping"),
+        ({"execution": ExecutionConfig(microbatch_size=1, strategy="one_example")}, "microbatch_size"),
+        ({"execution": ExecutionConfig(microbatch_size=4, strategy="two_pass")}, "strategy"),
         ({"lr": 0.06}, "optimizer.groups"),
         ({"optimizer": torch.optim.SGD}, "optimizer.class"),
         ({"loss_fn": other_loss_fn}, "loss_fn"),
