@@ -16,7 +16,7 @@ from dp_flash_attention.attention.kernels.launch import attention_forward
 from dp_flash_attention.attention.noising import add_noise, noise_path
 from dp_flash_attention.attention.reference import reference_attention, reference_noise
 from dp_flash_attention.clipping import norms
-from dp_flash_attention.clipping.kernels import embedding_norm, gram_norm, outer_norm
+from dp_flash_attention.clipping.kernels import embedding_norm, gram_norm, outer_norm, tied_cross
 from dp_flash_attention.core.errors import NoiseReuseError, NoiseUnavailableError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
 from dp_flash_attention.noise import (
@@ -191,3 +191,27 @@ def test_embedding_norms_are_those_of_float64_every_time(dtype, size, rows, widt
     assert torch.equal(*got)
     torch.testing.assert_close(got[0].double(), want, rtol=(4 * rows + 16) * 2.0**-24, atol=0)
     assert norms.embedding_norm_path(g) == "triton"
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
+)
+@pytest.mark.parametrize(
+    ("size", "tokens", "rows", "width", "vocabulary"),
+    [(1, 1, 1, 1, 1), (3, 129, 65, 70, 33), (4, 512, 512, 768, 50257)],
+)
+def test_tied_cross_terms_are_those_of_float64_every_time(size, tokens, rows, width, vocabulary, dtypes):
+    ids = torch.randint(0, vocabulary, (size, tokens), device="cuda")
+    e = torch.randn(size, tokens, width, device="cuda").to(dtypes[0])
+    h = torch.randn(size, rows, width, device="cuda").to(dtypes[1])
+    g = torch.randn(size, rows, vocabulary, device="cuda").to(dtypes[1])
+
+    def exact(e, h, g):
+        picked = g.gather(2, ids[:, None, :].expand(-1, rows, -1)).double()
+        return (picked * (h.double() @ e.double().mT)).sum((1, 2))
+
+    got = [tied_cross(ids, e, h, g) for _ in range(2)]
+    assert torch.equal(*got)
+    bound = (width + 16) * 2.0**-24 * exact(e.abs(), h.abs(), g.abs())
+    assert bool(((got[0].double() - exact(e, h, g)).abs() <= bound).all())
+    assert norms.tied_cross_path(e, h, g) == "triton"

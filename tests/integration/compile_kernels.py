@@ -27,6 +27,7 @@ from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGR
 embedding_norm = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
 gram_norm = import_module("dp_flash_attention.clipping.kernels.gram_norm")
 outer_norm = import_module("dp_flash_attention.clipping.kernels.outer_norm")
+tied_cross = import_module("dp_flash_attention.clipping.kernels.tied_cross")
 
 TARGET = GPUTarget("cuda", 90, 32)
 COUNTS = ("num_heads", "heads_per_group", "num_groups")
@@ -57,6 +58,7 @@ def compiled(kernel, types, constants, *, num_warps, num_stages=3):
         "shared_bytes": binary.metadata.shared,
         "barriers": binary.asm["ptx"].count("bar.sync"),
         "loads": binary.asm["ptx"].count("ld.global"),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", binary.asm["ptx"])),
         "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),
     }
 
@@ -67,6 +69,11 @@ KEY_TYPES = {f"k{i}": "u32" for i in range(8)} | {"stream": "u32", "step": "u64"
 @triton.jit
 def lanes_without_anchor(anchor, LANES: tl.constexpr):
     return tl.arange(0, LANES).to(tl.uint64)
+
+
+@triton.jit
+def adds_to_memory(out):
+    tl.atomic_add(out, 1.0)
 
 
 def noise_kernels():
@@ -196,10 +203,33 @@ def embedding_norm_kernels():
         )
 
 
+def tied_cross_kernels():
+    strides = [f"stride_{name}" for name in ("eb", "et", "hb", "hs", "gb", "gs")]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for e, h in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")):
+        width, num_warps = tied_cross.width_and_warps(dtypes[e], dtypes[h])
+        blocks = {"BLOCK_ROWS": tied_cross.BLOCK_ROWS, "BLOCK_WIDTH": width}
+        types = dict.fromkeys((*strides, "num_tokens", "num_rows", "width"), "i32")
+        types |= {"ids": "*i64", "e": f"*{e}", "h": f"*{h}", "g": f"*{h}", "partial": "*fp32"}
+        constants = {"stride_ed": 1, "stride_hd": 1, "stride_gv": 1, "MIXED": e != h} | blocks
+        yield (
+            f"tied_cross/{e}, {h}",
+            compiled(
+                tied_cross.tied_cross_kernel,
+                types,
+                constants,
+                num_warps=num_warps,
+                num_stages=tied_cross.NUM_STAGES,
+            ),
+        )
+
+
 def main():
     if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
         transform._anchored_lanes = lanes_without_anchor
         found = [next(noise_kernels())]
+    elif sys.argv[1:] == ["--with-an-atomic"]:  # planted: the count has to see it
+        found = [("planted", compiled(adds_to_memory, {"out": "*fp32"}, {}, num_warps=4))]
     elif sys.argv[1:] == ["--all"]:
         found = [
             *noise_kernels(),
@@ -207,6 +237,7 @@ def main():
             *attention_kernels(),
             *norm_kernels(),
             *embedding_norm_kernels(),
+            *tied_cross_kernels(),
             *all_attention_kernels(),
         ]
     else:
@@ -216,6 +247,7 @@ def main():
             *attention_kernels(),
             *norm_kernels(),
             *embedding_norm_kernels(),
+            *tied_cross_kernels(),
         ]
     print(json.dumps(dict(found)))
 

@@ -23,8 +23,10 @@ from dp_flash_attention.clipping.norms import (
     embedding_kernel_sq_norms,
     embedding_norm_path,
     gram_cross,
+    kernel_tied_cross,
     linear_sq_norms,
     row_mass,
+    tied_cross_path,
 )
 from dp_flash_attention.clipping.precision import full_precision
 
@@ -352,6 +354,8 @@ def _linear_embedding_inner_products(head: LinearContribution, table: EmbeddingC
     ``e_t`` is the embedding's gradient at token t, ``h_s`` the head's input and ``g_s`` the logits'
     gradient at token s; columns ``id_t`` of g are gathered, so nothing of size V×D appears.
     """
+    if tied_cross_path(table.g_BTD, head.x_BTD, head.g_BTP) == "triton":
+        return kernel_tied_cross(table.ids_BT, table.g_BTD, head.x_BTD, head.g_BTP)
     dtype = accumulation_dtype(head.g_BTP, table.g_BTD)
     size, num_rows = table.ids_BT.shape
     parts = []

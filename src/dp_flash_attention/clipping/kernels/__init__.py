@@ -1,13 +1,19 @@
 """Squared per-example norms as Triton kernels. Needs triton; imported only where a kernel is launched.
 
 ``gram_norm.py`` and ``outer_norm.py`` are the two forms of ``clipping.norms``; their references are the functions of the
-same names there. ``embedding_norm.py`` is the norm of ``EmbeddingContribution``.
+same names there. ``embedding_norm.py`` is the norm of ``EmbeddingContribution``, ``tied_cross.py`` the cross term of a
+table that is also a head's weight.
 """
 
 from dp_flash_attention.clipping.kernels.embedding_norm import embedding_norm
 from dp_flash_attention.clipping.kernels.gram_norm import gram_norm
 from dp_flash_attention.clipping.kernels.outer_norm import outer_norm
-from dp_flash_attention.clipping.kernels.selfcheck import require_agreement, require_embedding_agreement
+from dp_flash_attention.clipping.kernels.selfcheck import (
+    require_agreement,
+    require_embedding_agreement,
+    require_tied_agreement,
+)
+from dp_flash_attention.clipping.kernels.tied_cross import tied_cross
 
 __all__ = [
     "embedding_norm",
@@ -15,4 +21,6 @@ __all__ = [
     "outer_norm",
     "require_agreement",
     "require_embedding_agreement",
+    "require_tied_agreement",
+    "tied_cross",
 ]

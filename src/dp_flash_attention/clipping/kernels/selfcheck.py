@@ -9,6 +9,7 @@ import torch
 from dp_flash_attention.clipping.kernels.embedding_norm import embedding_norm
 from dp_flash_attention.clipping.kernels.gram_norm import gram_norm
 from dp_flash_attention.clipping.kernels.outer_norm import outer_norm
+from dp_flash_attention.clipping.kernels.tied_cross import tied_cross
 from dp_flash_attention.core.errors import KernelMismatchError
 
 # Sums of 130 products in float32; a missing tile or a stale sum is off by a tenth.
@@ -57,6 +58,35 @@ def embedding_disagreement(device: str, dtype: torch.dtype) -> str | None:
 def require_embedding_agreement(tensor: torch.Tensor) -> None:
     """As ``require_agreement``, for the embedding's kernel."""
     _raise_for(embedding_disagreement(str(tensor.device), tensor.dtype))
+
+
+@lru_cache(maxsize=64)
+def tied_disagreement(device: str, *dtypes: torch.dtype) -> str | None:
+    """Returns by how much the tied cross term's kernel misses float64 on a small problem, or None if it agrees.
+
+    Args:
+        device: Where.
+        dtypes: Of the embedding's gradients, the head's inputs and its outputs' gradients.
+    """
+    generator = torch.Generator().manual_seed(13)
+    ids = torch.randint(0, 40, (2, 70), generator=generator)
+    e, h, g = (
+        torch.randn(2, rows, width, generator=generator).to(dtype)
+        for rows, width, dtype in zip((70, 130, 130), (150, 150, 40), dtypes, strict=True)
+    )
+    picked = g.double().gather(2, ids[:, None, :].expand(-1, 130, -1))
+    terms = picked * (h.double() @ e.double().mT)
+    got = tied_cross(ids.to(device), e.to(device), h.to(device), g.to(device)).cpu().double()
+    # The terms have either sign: the scale of their sum is the root of their squares' sum.
+    error = float(((got - terms.sum((1, 2))).abs() / terms.square().sum((1, 2)).sqrt()).max())
+    if not error <= _TOLERANCE:  # a NaN is not
+        return f"{tied_cross.__name__} misses float64 by a share of {error:.3g} on {device!r} in {dtypes}"
+    return None
+
+
+def require_tied_agreement(e: torch.Tensor, h: torch.Tensor, g: torch.Tensor) -> None:
+    """As ``require_agreement``, for the tied cross term's kernel."""
+    _raise_for(tied_disagreement(str(e.device), e.dtype, h.dtype, g.dtype))
 
 
 def _raise_for(problem: str | None) -> None:
