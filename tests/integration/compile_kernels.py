@@ -26,6 +26,7 @@ from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGR
 # The package's names for these modules are its functions.
 embedding_norm = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
 gram_norm = import_module("dp_flash_attention.clipping.kernels.gram_norm")
+norm_backward = import_module("dp_flash_attention.clipping.kernels.norm_backward")
 outer_norm = import_module("dp_flash_attention.clipping.kernels.outer_norm")
 tied_cross = import_module("dp_flash_attention.clipping.kernels.tied_cross")
 
@@ -224,6 +225,29 @@ def tied_cross_kernels():
         )
 
 
+def norm_backward_kernels():
+    for dtype, width, centred in (
+        ("bf16", 768, True),
+        ("fp32", 768, True),
+        ("bf16", 4096, False),
+        ("fp32", 8192, True),
+    ):
+        block_rows, block_width, num_warps = norm_backward.block_shape(width)
+        types = dict.fromkeys(("num_rows", "width"), "i32")
+        types |= dict.fromkeys(("x", "g", "grad_x"), f"*{dtype}")
+        types |= dict.fromkeys(("mean", "rstd", "weight", "gains", "biases"), "*fp32")
+        constants = {
+            "HAS_MEAN": centred,
+            "STORE_INPUT": True,
+            "ROWS_PER_PROGRAM": norm_backward.ROWS_PER_PROGRAM,
+        }
+        constants |= {"BLOCK_ROWS": block_rows, "BLOCK_WIDTH": block_width}
+        yield (
+            f"norm_backward/{dtype}, {width}{'' if centred else ', rms'}",
+            compiled(norm_backward.norm_backward_kernel, types, constants, num_warps=num_warps),
+        )
+
+
 def main():
     if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
         transform._anchored_lanes = lanes_without_anchor
@@ -238,6 +262,7 @@ def main():
             *norm_kernels(),
             *embedding_norm_kernels(),
             *tied_cross_kernels(),
+            *norm_backward_kernels(),
             *all_attention_kernels(),
         ]
     else:
@@ -248,6 +273,7 @@ def main():
             *norm_kernels(),
             *embedding_norm_kernels(),
             *tied_cross_kernels(),
+            *norm_backward_kernels(),
         ]
     print(json.dumps(dict(found)))
 

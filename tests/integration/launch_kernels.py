@@ -158,6 +158,22 @@ def tied_cross_terms(module, kernel):
     return {"compiled": len(kernel.compiled)}
 
 
+def norm_layers(module, kernel):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size, rows, width in ((1, 1, 1), (2, 17, 5), (2, 64, 256)):
+            for centred, with_input in itertools.product((True, False), repeat=2):
+                x, row = torch.zeros(size, rows, width, dtype=dtype), torch.zeros(size, rows)
+                module.norm_backward(
+                    x,
+                    x,
+                    mean_BT=row if centred else None,
+                    rstd_BT=row,
+                    weight_D=torch.zeros(width),
+                    with_input=with_input,
+                )
+    return {"compiled": len(kernel.compiled)}
+
+
 def main():
     driver.set_active(DriverWithoutDevice())
     for module in (writer, add_noise):  # nothing runs, so nothing can agree with the CPU
@@ -169,6 +185,8 @@ def main():
     found["embedding_norm"] = embedding_norms(embedding, compile_only(embedding, "embedding_norm_kernel"))
     tied = import_module("dp_flash_attention.clipping.kernels.tied_cross")
     found["tied_cross"] = tied_cross_terms(tied, compile_only(tied, "tied_cross_kernel"))
+    layer = import_module("dp_flash_attention.clipping.kernels.norm_backward")
+    found["norm_backward"] = norm_layers(layer, compile_only(layer, "norm_backward_kernel"))
     forward = compile_only(launch, "dp_attention_fwd_kernel")
     compile_only(launch, "row_factors_kernel")
     adding = compile_only(add_noise, "add_noise_kernel")

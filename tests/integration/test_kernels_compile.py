@@ -38,6 +38,7 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     for name in ("gram_norm/fp32", "outer_norm/fp32"):
         found.pop(name, None)
     assert found.pop("attention/64, hidden, passes", 0) <= 64
+    assert found.pop("norm_backward/fp32, 8192", 0) <= 32  # the widest rows that are taken
     # A tile of exact noise and its rare branch hold more than the registers of eight warps.
     for name in ("write_discrete_gaussian/fill", "write_discrete_gaussian/add"):
         assert name in binaries
@@ -82,6 +83,7 @@ def test_the_launchers_ask_for_the_same_kernel_whatever_the_key(tmp_path):
     assert found["added noise"] == {"compiled": 6}
     assert found["embedding_norm"] == {"compiled": 9}
     assert found["tied_cross"] == {"compiled": 12}
+    assert found["norm_backward"] == {"compiled": 36}
 
 
 @pytest.mark.slow
