@@ -262,3 +262,21 @@ def test_a_norm_layer_s_clipped_sum_is_that_of_the_host(layer, dtype):
             1e-5 if dtype is torch.float32 else 0.05
         )  # the two devices round a bfloat16 forward pass differently
         torch.testing.assert_close(sums["cuda"][name], total, rtol=0, atol=allowed)
+
+
+def test_deterministic_algorithms_give_the_same_clipped_sums_every_time(monkeypatch):
+    """The kernels need no switch; torch's additions by index, in the sum of a table's look-ups, do."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for then
+    table, head = torch.nn.Embedding(50, 32), torch.nn.Linear(32, 50, bias=False)
+    head.weight = table.weight
+    model = torch.nn.Sequential(table, torch.nn.LayerNorm(32), head).cuda()
+    ids, sums = torch.randint(0, 5, (8, 200), device="cuda"), []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
+            accumulator.add(lambda: model(ids).sin().mean((1, 2)), batch_size=8)
+            sums.append(list(accumulator.sums.values()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for again in sums[1:] for a, b in zip(sums[0], again, strict=True))
