@@ -15,8 +15,17 @@ from dp_flash_attention.attention.kernels.backend import make_backend
 from dp_flash_attention.attention.kernels.launch import attention_forward
 from dp_flash_attention.attention.noising import add_noise, noise_path
 from dp_flash_attention.attention.reference import reference_attention, reference_noise
-from dp_flash_attention.clipping import norms
-from dp_flash_attention.clipping.kernels import embedding_norm, gram_norm, outer_norm, weighted_grad
+from dp_flash_attention.clipping import ClippedGradientAccumulator, norms
+from dp_flash_attention.clipping.kernels import (
+    embedding_norm,
+    gram_norm,
+    norm_backward,
+    outer_norm,
+    tied_cross,
+    weighted_grad,
+)
+from dp_flash_attention.clipping.kernels.selfcheck import exact_norm_backward
+from dp_flash_attention.clipping.norm_layers import norm_layer_path
 from dp_flash_attention.core.errors import NoiseReuseError, NoiseUnavailableError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget, Sensitivity
 from dp_flash_attention.noise import (
@@ -211,3 +220,84 @@ def test_weighted_gradients_are_those_of_float64_every_time(shape, dtype):
     weighted_grad(x, g, factors, got[1], fresh=False)
     assert ((got[1].double() - 2 * want).abs() <= (rows + size + 8) * 2.0**-23 * mass).all()
     assert norms.weighted_grad_path(x, g) == ("torch" if dtype is torch.float32 else "triton")
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
+)
+@pytest.mark.parametrize(
+    ("size", "tokens", "rows", "width", "vocabulary"),
+    [(1, 1, 1, 1, 1), (3, 129, 65, 70, 33), (4, 512, 512, 768, 50257)],
+)
+def test_tied_cross_terms_are_those_of_float64_every_time(size, tokens, rows, width, vocabulary, dtypes):
+    ids = torch.randint(0, vocabulary, (size, tokens), device="cuda")
+    e = torch.randn(size, tokens, width, device="cuda").to(dtypes[0])
+    h = torch.randn(size, rows, width, device="cuda").to(dtypes[1])
+    g = torch.randn(size, rows, vocabulary, device="cuda").to(dtypes[1])
+
+    def exact(e, h, g):
+        picked = g.gather(2, ids[:, None, :].expand(-1, rows, -1)).double()
+        return (picked * (h.double() @ e.double().mT)).sum((1, 2))
+
+    got = [tied_cross(ids, e, h, g) for _ in range(2)]
+    assert torch.equal(*got)
+    bound = (width + 16) * 2.0**-24 * exact(e.abs(), h.abs(), g.abs())
+    assert bool(((got[0].double() - exact(e, h, g)).abs() <= bound).all())
+    assert norms.tied_cross_path(e, h, g) == "triton"
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "rows", "width"), [(1, 1, 1), (3, 129, 65), (8, 1024, 768), (2, 300, 8192)])
+def test_norm_layers_gradients_are_those_of_float64_every_time(size, rows, width, dtype, centred):
+    x, g = (torch.randn(size, rows, width, device="cuda").to(dtype) for _ in range(2))
+    mean = 0.3 * torch.randn(size, rows, device="cuda") if centred else None
+    rstd, weight = 0.5 + torch.rand(size, rows, device="cuda"), torch.randn(width, device="cuda")
+    got = [norm_backward(x, g, mean_BT=mean, rstd_BT=rstd, weight_D=weight) for _ in range(2)]
+    want = exact_norm_backward(x, g, mean, rstd, weight)
+    for first, second, exact in zip(*got, want, strict=True):
+        if exact is None:
+            assert first is second is None
+            continue
+        assert torch.equal(first, second)
+        # Errors are of the sums' sizes; the input's gradient is rounded to its dtype.
+        eps = torch.finfo(first.dtype).eps if first.dtype is not torch.float32 else 0.0
+        error = (first.double() - exact).abs().max() / exact.abs().max()
+        assert float(error) <= eps + (rows + width) ** 0.5 * 8 * 2.0**-24
+    assert norm_layer_path(x, width=width) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_a_norm_layer_s_clipped_sum_is_that_of_the_host(layer, dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(96, 96), layer(96)).to(dtype)
+    inputs = torch.randn(5, 70, 96).to(dtype)
+    sums = {}
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
+        accumulator.add(lambda d=device, m=model: m(inputs.to(d)).float().sin().sum((1, 2)), batch_size=5)
+        sums[device] = {name: total.cpu() for name, total in accumulator.sums.items()}
+    for name, total in sums["cpu"].items():
+        allowed = (
+            1e-5 if dtype is torch.float32 else 0.05
+        )  # the two devices round a bfloat16 forward pass differently
+        torch.testing.assert_close(sums["cuda"][name], total, rtol=0, atol=allowed)
+
+
+def test_deterministic_algorithms_give_the_same_clipped_sums_every_time(monkeypatch):
+    """The kernels need no switch; torch's additions by index, in the sum of a table's look-ups, do."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for then
+    table, head = torch.nn.Embedding(50, 32), torch.nn.Linear(32, 50, bias=False)
+    head.weight = table.weight
+    model = torch.nn.Sequential(table, torch.nn.LayerNorm(32), head).cuda()
+    ids, sums = torch.randint(0, 5, (8, 200), device="cuda"), []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0)
+            accumulator.add(lambda: model(ids).sin().mean((1, 2)), batch_size=8)
+            sums.append(list(accumulator.sums.values()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for again in sums[1:] for a, b in zip(sums[0], again, strict=True))

@@ -26,7 +26,9 @@ from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGR
 # The package's names for these modules are its functions.
 embedding_norm = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
 gram_norm = import_module("dp_flash_attention.clipping.kernels.gram_norm")
+norm_backward = import_module("dp_flash_attention.clipping.kernels.norm_backward")
 outer_norm = import_module("dp_flash_attention.clipping.kernels.outer_norm")
+tied_cross = import_module("dp_flash_attention.clipping.kernels.tied_cross")
 weighted_grad = import_module("dp_flash_attention.clipping.kernels.weighted_grad")
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -58,6 +60,7 @@ def compiled(kernel, types, constants, *, num_warps, num_stages=3):
         "shared_bytes": binary.metadata.shared,
         "barriers": binary.asm["ptx"].count("bar.sync"),
         "loads": binary.asm["ptx"].count("ld.global"),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", binary.asm["ptx"])),
         "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),
     }
 
@@ -68,6 +71,11 @@ KEY_TYPES = {f"k{i}": "u32" for i in range(8)} | {"stream": "u32", "step": "u64"
 @triton.jit
 def lanes_without_anchor(anchor, LANES: tl.constexpr):
     return tl.arange(0, LANES).to(tl.uint64)
+
+
+@triton.jit
+def adds_to_memory(out):
+    tl.atomic_add(out, 1.0)
 
 
 def noise_kernels():
@@ -197,6 +205,50 @@ def embedding_norm_kernels():
         )
 
 
+def tied_cross_kernels():
+    strides = [f"stride_{name}" for name in ("eb", "et", "hb", "hs", "gb", "gs")]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for e, h in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")):
+        width, num_warps = tied_cross.width_and_warps(dtypes[e], dtypes[h])
+        blocks = {"BLOCK_ROWS": tied_cross.BLOCK_ROWS, "BLOCK_WIDTH": width}
+        types = dict.fromkeys((*strides, "num_tokens", "num_rows", "width"), "i32")
+        types |= {"ids": "*i64", "e": f"*{e}", "h": f"*{h}", "g": f"*{h}", "partial": "*fp32"}
+        constants = {"stride_ed": 1, "stride_hd": 1, "stride_gv": 1, "MIXED": e != h} | blocks
+        yield (
+            f"tied_cross/{e}, {h}",
+            compiled(
+                tied_cross.tied_cross_kernel,
+                types,
+                constants,
+                num_warps=num_warps,
+                num_stages=tied_cross.NUM_STAGES,
+            ),
+        )
+
+
+def norm_backward_kernels():
+    for dtype, width, centred in (
+        ("bf16", 768, True),
+        ("fp32", 768, True),
+        ("bf16", 4096, False),
+        ("fp32", 8192, True),
+    ):
+        block_rows, block_width, num_warps = norm_backward.block_shape(width)
+        types = dict.fromkeys(("num_rows", "width"), "i32")
+        types |= dict.fromkeys(("x", "g", "grad_x"), f"*{dtype}")
+        types |= dict.fromkeys(("mean", "rstd", "weight", "gains", "biases"), "*fp32")
+        constants = {
+            "HAS_MEAN": centred,
+            "STORE_INPUT": True,
+            "ROWS_PER_PROGRAM": norm_backward.ROWS_PER_PROGRAM,
+        }
+        constants |= {"BLOCK_ROWS": block_rows, "BLOCK_WIDTH": block_width}
+        yield (
+            f"norm_backward/{dtype}, {width}{'' if centred else ', rms'}",
+            compiled(norm_backward.norm_backward_kernel, types, constants, num_warps=num_warps),
+        )
+
+
 def weighted_grad_kernels():
     types = dict.fromkeys(("stride_xb", "stride_xt", "stride_gb", "stride_gt", "size", "num_rows"), "i32")
     types |= dict.fromkeys(("num_inputs", "num_outputs", "examples_per_run"), "i32")
@@ -222,6 +274,8 @@ def main():
     if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
         transform._anchored_lanes = lanes_without_anchor
         found = [next(noise_kernels())]
+    elif sys.argv[1:] == ["--with-an-atomic"]:  # planted: the count has to see it
+        found = [("planted", compiled(adds_to_memory, {"out": "*fp32"}, {}, num_warps=4))]
     elif sys.argv[1:] == ["--all"]:
         found = [
             *noise_kernels(),
@@ -229,6 +283,8 @@ def main():
             *attention_kernels(),
             *norm_kernels(),
             *embedding_norm_kernels(),
+            *tied_cross_kernels(),
+            *norm_backward_kernels(),
             *weighted_grad_kernels(),
             *all_attention_kernels(),
         ]
@@ -239,6 +295,8 @@ def main():
             *attention_kernels(),
             *norm_kernels(),
             *embedding_norm_kernels(),
+            *tied_cross_kernels(),
+            *norm_backward_kernels(),
             *weighted_grad_kernels(),
         ]
     print(json.dumps(dict(found)))

@@ -141,6 +141,39 @@ def embedding_norms(module, kernel):
     return {"compiled": len(kernel.compiled)}
 
 
+def tied_cross_terms(module, kernel):
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for e, h in (*((dtype, dtype) for dtype in dtypes), (torch.float32, torch.bfloat16)):
+        for size, tokens, rows, width, vocabulary in (
+            (1, 1, 1, 1, 1),
+            (2, 17, 5, 3, 9),
+            (2, 64, 128, 64, 96),
+        ):
+            module.tied_cross(
+                torch.zeros(size, tokens, dtype=torch.long),
+                torch.zeros(size, tokens, width, dtype=e),
+                torch.zeros(size, rows, width, dtype=h),
+                torch.zeros(size, rows, vocabulary, dtype=h),
+            )
+    return {"compiled": len(kernel.compiled)}
+
+
+def norm_layers(module, kernel):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size, rows, width in ((1, 1, 1), (2, 17, 5), (2, 64, 256)):
+            for centred, with_input in itertools.product((True, False), repeat=2):
+                x, row = torch.zeros(size, rows, width, dtype=dtype), torch.zeros(size, rows)
+                module.norm_backward(
+                    x,
+                    x,
+                    mean_BT=row if centred else None,
+                    rstd_BT=row,
+                    weight_D=torch.zeros(width),
+                    with_input=with_input,
+                )
+    return {"compiled": len(kernel.compiled)}
+
+
 def weighted_grads(module, kernel):
     for size, rows, inputs, outputs in ((1, 1, 1, 1), (2, 17, 5, 3), (2, 129, 64, 128), (1, 64, 2048, 2048)):
         for fresh in (False, True):
@@ -163,6 +196,10 @@ def main():
     found["exact noise"] = exact_noise(compile_only(exact_writer, "write_discrete_gaussian_kernel"))
     embedding = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
     found["embedding_norm"] = embedding_norms(embedding, compile_only(embedding, "embedding_norm_kernel"))
+    tied = import_module("dp_flash_attention.clipping.kernels.tied_cross")
+    found["tied_cross"] = tied_cross_terms(tied, compile_only(tied, "tied_cross_kernel"))
+    layer = import_module("dp_flash_attention.clipping.kernels.norm_backward")
+    found["norm_backward"] = norm_layers(layer, compile_only(layer, "norm_backward_kernel"))
     forward = compile_only(launch, "dp_attention_fwd_kernel")
     compile_only(launch, "row_factors_kernel")
     adding = compile_only(add_noise, "add_noise_kernel")

@@ -38,6 +38,7 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     for name in ("gram_norm/fp32", "outer_norm/fp32"):
         found.pop(name, None)
     assert found.pop("attention/64, hidden, passes", 0) <= 64
+    assert found.pop("norm_backward/fp32, 8192", 0) <= 32  # the widest rows that are taken
     # A tile of exact noise and its rare branch hold more than the registers of eight warps.
     for name in ("write_discrete_gaussian/fill", "write_discrete_gaussian/add"):
         assert name in binaries
@@ -47,9 +48,13 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     assert binaries["attention/64, causal"]["shared_bytes"] >= 3 * 64 * 64 * 2 * 2
     assert binaries["gram_norm/bf16"]["shared_bytes"] >= 3 * 2 * 64 * 64 * 2
     # bfloat16 is multiplied by the tensor cores of sm_90; float32 stays float32 and becomes no TF32.
-    for name in ("attention/64, causal", "gram_norm/bf16", "outer_norm/bf16", "weighted_grad/add"):
+    products = ("gram_norm/bf16", "outer_norm/bf16", "tied_cross/bf16, bf16", "weighted_grad/add")
+    for name in ("attention/64, causal", *products):
         assert binaries[name]["wgmma"] > 0
     assert binaries["gram_norm/fp32"]["wgmma"] == 0
+    assert binaries["tied_cross/fp32, fp32"]["wgmma"] == binaries["tied_cross/fp32, bf16"]["wgmma"] == 0
+    # No kernel adds to memory that another program adds to: the same bits every time, with no mode to turn on.
+    assert {name for name, count in binaries.items() if count["atomics"]} == set()
     # A program of the embedding's norm is one warp, whose threads never wait for each other.
     assert [count["barriers"] for name, count in binaries.items() if "embedding" in name] == [0] * 3
     # Words of noise stay in registers until the store, whose one conversion of layout takes 18 barriers.
@@ -57,6 +62,11 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     assert len(counts) == 4
     assert max(counts) <= 24
     assert binaries["attention/64, causal"]["barriers"] <= 24
+
+
+def test_an_atomic_addition_is_counted(tmp_path):
+    (planted,) = compiled(tmp_path, "--with-an-atomic").values()
+    assert planted["atomics"] > 0
 
 
 def test_without_the_anchor_words_move_at_every_join(tmp_path):
@@ -73,6 +83,8 @@ def test_the_launchers_ask_for_the_same_kernel_whatever_the_key(tmp_path):
     assert found["attention"] == {"compiled": 2}
     assert found["added noise"] == {"compiled": 6}
     assert found["embedding_norm"] == {"compiled": 9}
+    assert found["tied_cross"] == {"compiled": 12}
+    assert found["norm_backward"] == {"compiled": 36}
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ are clipped each to a bound of its own, that happens group by group during the b
 
 Source: Bu et al. 2023, "Differentially private optimization on large model at small cost"
 (book-keeping); Li et al. 2022 (ghost norms); the exact cross terms of tied weights are ours, see
-``contributions``.
+``combined_norms``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dp_flash_attention.clipping.clip import flat_clip_factors
 from dp_flash_attention.clipping.clip_groups import BoundedGroups, ClipGroup, Clipping, bounded_groups
-from dp_flash_attention.clipping.contributions import combined_sq_norms
+from dp_flash_attention.clipping.combined_norms import combined_sq_norms
 from dp_flash_attention.clipping.coverage import (
     Recorded,
     modules_with_batch_statistics,

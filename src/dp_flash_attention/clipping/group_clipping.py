@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dp_flash_attention.clipping.clip import flat_clip_factors
 from dp_flash_attention.clipping.clip_groups import BoundedGroups
-from dp_flash_attention.clipping.contributions import Contribution, combined_sq_norms
+from dp_flash_attention.clipping.combined_norms import combined_sq_norms
+from dp_flash_attention.clipping.contributions import Contribution
 from dp_flash_attention.clipping.precision import full_precision
 from dp_flash_attention.clipping.sums import ClippedSums
 from dp_flash_attention.clipping.tape import Tape

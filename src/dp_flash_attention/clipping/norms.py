@@ -173,8 +173,7 @@ def norm_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
     what becomes part of a graph, runs in torch, which gives the same norms up to rounding and needs scratch for its
     products: slower, and no less exact.
     """
-    fits = x_BTD.dtype == g_BTP.dtype and x_BTD.dtype in _KERNEL_DTYPES and _deferred.get() is None
-    return "triton" if fits and _is_on_gpu(x_BTD) and has_triton() else "torch"
+    return "triton" if kernels_take(x_BTD, g_BTP) else "torch"
 
 
 def weighted_grad_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch"]:
@@ -189,8 +188,31 @@ def weighted_grad_path(x_BTD: Tensor, g_BTP: Tensor) -> Literal["triton", "torch
 
 def embedding_norm_path(g_BTD: Tensor) -> Literal["triton", "torch"]:
     """Returns what an embedding's norm runs, as ``norm_path`` does for a linear map's."""
-    fits = g_BTD.dtype in _KERNEL_DTYPES
-    return "triton" if fits and _is_on_gpu(g_BTD) and has_triton() else "torch"
+    return "triton" if kernels_take(g_BTD) else "torch"
+
+
+def tied_cross_path(e_BTD: Tensor, h_BSD: Tensor, g_BSV: Tensor) -> Literal["triton", "torch"]:
+    """Returns what a tied weight's cross term runs, as ``norm_path`` does; dtypes may differ here."""
+    return "triton" if all(map(kernels_take, (e_BTD, h_BSD, g_BSV))) else "torch"
+
+
+def kernel_tied_cross(ids_BT: Tensor, e_BTD: Tensor, h_BSD: Tensor, g_BSV: Tensor) -> Tensor:
+    """Returns ``Σ_{t,s} g_s[id_t] ⟨e_t, h_s⟩`` for each example by Triton's kernel, [B], float32.
+
+    Raises:
+        KernelMismatchError: If the kernel disagrees with float64 at its first use here.
+    """
+    from dp_flash_attention.clipping import kernels
+
+    kernels.require_tied_agreement(e_BTD, h_BSD, g_BSV)
+    return kernels.tied_cross(ids_BT, e_BTD, h_BSD, g_BSV)
+
+
+def kernels_take(*tensors: Tensor) -> bool:
+    """Whether Triton's kernels run on tensors: one dtype of at most 32 bits, on a GPU, outside of a graph."""
+    dtype = tensors[0].dtype
+    fits = dtype in _KERNEL_DTYPES and all(tensor.dtype is dtype for tensor in tensors)
+    return fits and _deferred.get() is None and all(map(_is_on_gpu, tensors)) and has_triton()
 
 
 def embedding_kernel_sq_norms(ids_BT: Tensor, g_BTD: Tensor) -> Tensor:

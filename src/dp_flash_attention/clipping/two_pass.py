@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from dp_flash_attention.clipping.clip import ClipFactors
-from dp_flash_attention.clipping.contributions import Contribution, combined_sq_norms
+from dp_flash_attention.clipping.combined_norms import combined_sq_norms
+from dp_flash_attention.clipping.contributions import Contribution
 from dp_flash_attention.clipping.precision import full_precision
 from dp_flash_attention.clipping.tape import Tape
 from dp_flash_attention.core.errors import MissingRuleError, RunStateError

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dp_flash_attention.clipping import contributions
+from dp_flash_attention.clipping import combined_norms, contributions
+from dp_flash_attention.clipping.combined_norms import combined_sq_norms
 from dp_flash_attention.clipping.contributions import (
     Contribution,
     DenseContribution,
     EmbeddingContribution,
     LinearContribution,
-    combined_sq_norms,
     linear_contribution,
 )
 
@@ -95,7 +95,7 @@ def test_uses_that_cancel_keep_their_norm() -> None:
 
 
 def test_the_tied_cross_term_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contributions, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(combined_norms, "SCRATCH_BYTES", 1)
     uses = [linear(), lookup()]
     expected = (uses[0].dense(0, B) + uses[1].dense(0, B)).square().sum((1, 2))
     torch.testing.assert_close(combined_sq_norms(uses), expected)

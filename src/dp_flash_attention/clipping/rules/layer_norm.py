@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_attention.clipping.contributions import DenseContribution
+from dp_flash_attention.clipping.norm_layers import kernel_norm_backward, norm_layer_path
 from dp_flash_attention.clipping.tape import Tape
 
 
@@ -29,6 +30,7 @@ class _RecordingLayerNorm(torch.autograd.Function):
         output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.batch_size = batch_size
+        ctx.on_kernel = norm_layer_path(x, width=weight.numel()) == "triton"
         ctx.record = record
         return output
 
@@ -36,6 +38,20 @@ class _RecordingLayerNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        if ctx.on_kernel:
+            rows = (ctx.batch_size, -1, weight.numel())
+            found = kernel_norm_backward(
+                x.reshape(rows),
+                grad_output.reshape(rows),
+                mean_BT=mean.reshape(ctx.batch_size, -1),
+                rstd_BT=rstd.reshape(ctx.batch_size, -1),
+                weight_D=weight.view(-1),
+                with_input=ctx.needs_input_grad[0],
+            )
+            assert found.biases_BD is not None, "there is a mean"
+            shape = (ctx.batch_size, *weight.shape)
+            ctx.record(found.gains_BD.view(shape), found.biases_BD.view(shape))
+            return None if found.x_BTD is None else found.x_BTD.view(x.shape), None, None, None, None, None
         grad_output = grad_output.contiguous()
         grad_input = None
         if ctx.needs_input_grad[0]:
