@@ -61,8 +61,8 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``dpfa`` and ends the process.
 
-    Exit codes: 0 done; 1 a check of ``dpfa verify`` fails; 2 the input, the disk or the directory does not
-    allow it; 70 a bug of ours; 130 interrupted. Every failure is one line on standard error.
+    Exit codes: 0 done; 1 a check of ``dpfa verify`` or ``dpfa certificate`` fails; 2 the input, the disk or the directory
+    does not allow it; 70 a bug of ours; 130 interrupted. Every failure is one line on standard error.
 
     Args:
         arguments: What follows ``dpfa`` on the command line; taken from ``sys.argv`` if None.

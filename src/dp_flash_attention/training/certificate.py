@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dp_flash_attention.accounting import Accountant
-from dp_flash_attention.accounting import epsilon as accounted_epsilon
 from dp_flash_attention.core.durable import write_atomically
 from dp_flash_attention.core.errors import RunStateError
 from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.training.evaluation import KINDS, Evaluation, evaluation_guarantee
 from dp_flash_attention.training.finite_precision import TrainingNoise
-from dp_flash_attention.training.plan import PrivacyPlan
+from dp_flash_attention.training.plan import PrivacyPlan, poisson_epsilon
 
 FORMAT = 2
 """Of a certificate. Any change of its fields or fixed sentences is another format: a reader compares both."""
@@ -258,7 +257,9 @@ def assumptions(
 
 def _accounted(plan: PrivacyPlan) -> dict[str, float]:
     return {
-        name: accounted_epsilon(plan.event, delta=plan.accounted_delta, accountant=accountant)
+        name: poisson_epsilon(
+            plan.sampling_prob, plan.event.noise_multiplier, plan.num_steps, plan.accounted_delta, accountant
+        )
         for name, accountant in ACCOUNTED.items()
     }
 

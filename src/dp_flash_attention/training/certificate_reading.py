@@ -18,12 +18,12 @@ from dp_flash_attention.training.evaluation import KINDS
 from dp_flash_attention.training.finite_precision import TrainingNoise
 
 COUNT, TRAINING, EVALUATION = "number of training records", "training", "evaluation"
-# An ε of 1,000 promises nothing, and the accountants take time and memory for what is far beyond any real run.
-_EPSILON = (1e-9, 1e3)
+# An ε of 100 promises nothing, and the accountants take time and memory for what is far beyond any real run.
+_EPSILON = (1e-9, 100.0)
 _DELTA = (1e-200, 0.5)
 _SAMPLING_PROB = (1e-9, 1.0)
-_MAX_STEPS = 2 * 10**6
-_NOISE_MULTIPLIER = (1e-3, 1e6)
+_MAX_STEPS = 10**6
+_NOISE_MULTIPLIER = (1e-2, 1e6)
 _MAX_RECORDS = 10**12
 _MAX_PARAMETERS = 10**13
 _POSITIVE = (1e-100, 1e100)

@@ -301,7 +301,7 @@ class PrivacyPlan:
             )
         if count == 0:
             return 0.0
-        return _epsilon(
+        return poisson_epsilon(
             self.sampling_prob, self.event.noise_multiplier, count, self.accounted_delta, self.accountant
         )
 
@@ -359,11 +359,15 @@ def _one_of(name: str, value: object, choices: tuple[str, ...], *, remedy: str) 
 
 # A distribution of many steps takes up to a second; plans are copied, reloaded and asked again.
 @lru_cache(maxsize=256)
-def _epsilon(
+def poisson_epsilon(
     sampling_prob: float, noise_multiplier: float, num_steps: int, delta: float, accountant: Accountant
 ) -> float:
+    """Returns ε of Poisson-sampled Gaussian releases under add-or-remove; see ``accounting.epsilon``."""
     event = PoissonSampledGaussian(
-        sampling_prob=sampling_prob, noise_multiplier=noise_multiplier, num_steps=num_steps
+        sampling_prob=sampling_prob,
+        noise_multiplier=noise_multiplier,
+        num_steps=num_steps,
+        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
     return accounted_epsilon_of(event, delta=delta, accountant=accountant)
 

@@ -65,19 +65,22 @@ class RunCheck:
         }
 
 
-def check_run(directory: Path, *, certificate_only: bool = False) -> RunCheck:
+def check_run(
+    directory: Path, *, certificate: Mapping[str, Any] | None = None, certificate_only: bool = False
+) -> RunCheck:
     """Computes a certificate's numbers again, and compares the files beside it with what it says of them.
 
     Who wrote certificate and files is another question, and a signature's answer (``crypto.verify_certificate``).
 
     Args:
         directory: Of a finished run, or of what somebody passed on of it.
+        certificate: The certificate, where it was read already, as by ``crypto.verify_certificate``; None reads it.
         certificate_only: Whether to leave the files aside, for one who has only the certificate.
 
     Raises:
         InvalidInputError: If there is no certificate of this format there, or a number in it is out of bounds.
     """
-    content = read_certificate(directory)
+    content = read_certificate(directory) if certificate is None else certificate
     rows = list(recompute(content))
     if not certificate_only:
         rows += _files(directory, read_statement(content))
@@ -97,21 +100,20 @@ def _files(directory: Path, statement: Statement) -> Iterator[Row]:
 
 
 def _same_bytes(directory: Path, name: str, expected: Mapping[str, Any]) -> Row:
-    stated, found = _described(expected), "not there"
+    found, holds = "not there", False
     try:
         check_name(name)
         if is_plain_file(directory, name):
-            found = _described(fingerprint(directory / name))
+            there = fingerprint(directory / name)
+            found, holds = _described(there), there == expected
     except (OSError, DPFlashAttentionError) as error:
         found = f"not read ({error})"
-    holds = found == stated
-    return _row(
-        name, stated, found, holds, "SHA-256 and size" if holds else "altered, missing, or of another run"
-    )
+    remark = "SHA-256 and size" if holds else "altered, missing, or of another run"
+    return _row(name, _described(expected), found, holds, remark)
 
 
 def _described(entry: Mapping[str, Any]) -> str:
-    return f"{entry['sha256'][:16]}…{entry['sha256'][-8:]}, {entry['size']:,} bytes"
+    return f"{entry['sha256'][:10]}…, {entry['size']:,} bytes"
 
 
 def _figures(directory: Path, statement: Statement) -> Row:
@@ -158,13 +160,13 @@ def _report(directory: Path, statement: Statement) -> Row:
         page = _read(directory / REPORT_FILE)
         named = _DIGEST.findall(page)
         claim = html.escape(str(statement.content["claim"]["statement"]), quote=False)
-        found = ", ".join(one.decode()[:16] + "…" for one in named) or "names no certificate"
+        found = ", ".join(one.decode()[:10] + "…" for one in named) or "names no certificate"
         holds = named == [digest.encode()] and claim.encode() in page
     except OSError as error:
         found, holds = f"not read ({error.strerror})", False
     remark = "names this certificate and shows its claim; who wrote the page only a signature shows"
     return _row(
-        REPORT_FILE, f"{digest[:16]}…", found, holds, remark if holds else "a page of another certificate"
+        REPORT_FILE, f"{digest[:10]}…", found, holds, remark if holds else "a page of another certificate"
     )
 
 
