@@ -74,7 +74,7 @@ def read_document(data: bytes, *, kind: str, fields: frozenset[str], where: Path
         found = parse(data)
     except ValueError:
         found = None
-    if not isinstance(found, dict) or "format" not in found:
+    if not isinstance(found, dict) or not isinstance(found.get("format"), str):
         raise KeyFileError(f"{where} is not a {kind} file. Pass the one that dpfa certificate wrote.")
     if found["format"] != kind:
         shown = str(found["format"])[:40]

@@ -24,7 +24,10 @@ EVALUATION_FILE = "evaluation.json"
 REPORT_FILE = "report.html"
 _MAX_BYTES = 64 << 20
 _DIGEST = re.compile(rb'<meta name="certificate-sha256" content="([0-9a-f]{64})">')
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, ArithmeticError, DPFlashAttentionError)
+# Whatever stands in a file that somebody else wrote.
+_UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, DPFlashAttentionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
