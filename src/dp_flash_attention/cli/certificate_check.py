@@ -138,7 +138,9 @@ def _print_check(found: RunCheck) -> None:
     if wrong:
         typer.echo(f"{wrong} of {len(found.rows)} rows are WRONG: do not rely on this certificate.")
     else:
-        typer.echo(f"All {len(found.rows)} rows hold, so this follows if what is listed is what ran:")
+        typer.echo(
+            f"All {len(found.rows)} rows hold: the claim follows, if what is assumed is true and what is listed is all that ran."
+        )
     typer.echo(f"It claims: {printable(claim['statement'])}")
 
 

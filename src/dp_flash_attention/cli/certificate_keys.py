@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from getpass import GetPassWarning
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +31,7 @@ def secret_key(path: Path, passphrase_file: Path | None) -> SecretKey:
     if passphrase_file is not None:
         passphrase = _first_line(passphrase_file)
     elif needs_passphrase(path):
-        passphrase = typer.prompt(f"Passphrase of {path}", hide_input=True, err=True)
+        passphrase = _asked(f"Passphrase of {path}")
     return read_secret_key(path, passphrase=passphrase)
 
 
@@ -46,17 +48,40 @@ def new_passphrase(passphrase_file: Path | None, *, without: bool) -> str | None
         return None
     if passphrase_file is not None:
         return _first_line(passphrase_file)
-    answer: str = typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True, err=True)
-    return answer
+    return _asked("New passphrase", confirmation_prompt=True)
 
 
 def _first_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not read as a private file, so that a pipe will do: --passphrase-file <(password-manager show alice)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InvalidInputError(
+            "passphrase file", str(path), bound="text in UTF-8", remedy="Write it on its first line."
+        ) from None
     if not lines:
         raise InvalidInputError(
             "passphrase file", str(path), bound="not empty", remedy="Write it on its first line."
         )
     return lines[0]
+
+
+def _asked(question: str, *, confirmation_prompt: bool = False) -> str:
+    with warnings.catch_warnings():
+        # Without a terminal the answer would be shown on the screen, or taken from whatever is piped in.
+        warnings.simplefilter("error", GetPassWarning)
+        try:
+            answer: str = typer.prompt(
+                question, hide_input=True, confirmation_prompt=confirmation_prompt, err=True
+            )
+        except GetPassWarning:
+            raise InvalidInputError(
+                "passphrase",
+                "not given",
+                bound="given by --passphrase-file where there is no terminal to ask at",
+                remedy="A new key can do without, under mode 600: --no-passphrase.",
+            ) from None
+    return answer
 
 
 def signing_key(path: Path, passphrase_file: Path | None) -> SigningKey:
@@ -112,12 +137,16 @@ def trusted(key: Path | None, trust_file: Path | None) -> TrustFile:
     """Returns whose signatures count: one key's, or those of a trust file."""
     from dp_flash_attention.crypto import TrustFile
 
-    if (key is None) == (trust_file is None):
+    if key is None and trust_file is None:
         raise InvalidInputError(
-            "options",
-            "given",
-            bound="--key or --trust, and not both",
-            remedy="Say whose signature counts: a signature by anyone is worth nothing.",
+            "--key",
+            None,
+            bound="given, or --trust",
+            remedy="Say whose signature counts. To compute the certificate's numbers again without one: dpfa certificate check",
+        )
+    if key is not None and trust_file is not None:
+        raise InvalidInputError(
+            "--key", str(key), bound="left out with --trust", remedy="Give one of them, not both."
         )
     if trust_file is not None:
         return TrustFile.read(trust_file)

@@ -100,7 +100,8 @@ def _fail_unforeseen(error: Exception) -> int:
     format_message = getattr(error, "format_message", None)
     if format_message is not None:
         complaint = str(format_message()).rstrip(".")
-        return _fail(f"{complaint}. Run `dpfa --help` to see what there is.", USAGE_ERROR)
+        stop = "" if complaint.endswith("?") else "."
+        return _fail(f"{complaint}{stop} Run `dpfa --help` to see what there is.", USAGE_ERROR)
     found = f"{type(error).__name__}: {error}".rstrip(".")
     return _fail(
         f"a bug in dpfa: {found}. Run `dpfa --traceback ...` and report what it shows.", INTERNAL_ERROR

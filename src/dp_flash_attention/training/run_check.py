@@ -163,13 +163,17 @@ def _report(directory: Path, statement: Statement) -> Row:
         page = _read(directory / REPORT_FILE)
         named = _DIGEST.findall(page)
         claim = html.escape(str(statement.content["claim"]["statement"]), quote=False)
-        found = ", ".join(one.decode()[:10] + "…" for one in named) or "names no certificate"
+        found = ", ".join(f"page names {one.decode()[:10]}…" for one in named) or "page names none"
         holds = named == [digest.encode()] and claim.encode() in page
     except OSError as error:
         found, holds = f"not read ({error.strerror})", False
     remark = "names this certificate and shows its claim; who wrote the page only a signature shows"
     return _row(
-        REPORT_FILE, f"{digest[:10]}…", found, holds, remark if holds else "a page of another certificate"
+        REPORT_FILE,
+        f"certificate {digest[:10]}…",
+        found,
+        holds,
+        remark if holds else "a page of another certificate",
     )
 
 

@@ -1,6 +1,8 @@
 """``dpfa certificate``: what a user types, sees and gets back."""
 
 import json
+import warnings
+from getpass import GetPassWarning
 
 import pytest
 import typer.main
@@ -239,6 +241,8 @@ def test_a_passphrase_comes_from_a_file(dpfa, run, tmp_path):
     (tmp_path / "wrong").write_text("several quite random worlds\n")
     (tmp_path / "empty").write_text("")
     (tmp_path / "short").write_text("abc\n")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
+    assert refused(dpfa("keygen", "a.key", "--passphrase-file", "bytes"), "UTF-8")
     assert refused(dpfa("keygen", "a.key", "--passphrase-file", "short"), "at least 12")
     assert refused(dpfa("keygen", "a.key", "--passphrase-file", "empty"), "not empty")
     assert not (tmp_path / "a.key.pub").exists()
@@ -261,6 +265,17 @@ def test_a_passphrase_is_asked_for(dpfa, run, monkeypatch):
     assert asked == [("New passphrase", True), ("Passphrase of a.key", True)]
 
 
+def test_without_a_terminal_no_passphrase_is_asked_for(dpfa, monkeypatch, tmp_path):
+    """It would be shown on the screen, or be the first line of whatever is piped in."""
+
+    def prompt(text, **options):
+        warnings.warn("Can not control echo on the terminal.", GetPassWarning, stacklevel=1)
+
+    monkeypatch.setattr(typer, "prompt", prompt)
+    assert refused(dpfa("keygen", "a.key"), "--passphrase-file", "--no-passphrase")
+    assert not (tmp_path / "a.key").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -275,7 +290,8 @@ def test_a_passphrase_is_asked_for(dpfa, run, monkeypatch):
         (["sign", "run", "--key", "alice.key.pub"], "dpfa-public-key"),
         (["sign", "run", "--key", "run/certificate.json"], "not a dpfa-secret-key file"),
         (["sign", "missing", "--key", "alice.key"], "finished run"),
-        (["verify", "run"], "--key or --trust"),
+        (["verify", "run"], "given, or --trust"),
+        (["verify", "run"], "dpfa certificate check"),
         (["verify", "run", "--key", "alice.key.pub", "--trust", "t.json"], "not both"),
         (["verify", "run", "--key", "alice.key"], "dpfa-secret-key"),
         (["verify", "run", "--trust", "missing.json"], "cannot be read"),
