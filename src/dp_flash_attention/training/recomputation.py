@@ -2,16 +2,13 @@
 
 What comes out says whether the *claim follows* from the mechanisms that the certificate lists. That these mechanisms ran,
 and nothing else, is the word of whoever ran them: no arithmetic can show it. What a certificate assumes is listed, not
-checked, and what it estimates is compared with the released figures that lie beside it (``certified_files``).
+checked, and what it estimates is compared with the released figures that lie beside it (``run_check``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
 
 import numpy as np
 
@@ -24,14 +21,13 @@ from dp_flash_attention.core.errors import DPFlashAttentionError
 from dp_flash_attention.noise.rounded_gaussian import RoundedGaussian
 from dp_flash_attention.training.certificate import build_certificate, fixed_assumptions
 from dp_flash_attention.training.certificate_reading import Statement, read_statement
+from dp_flash_attention.training.certificate_rows import SAME, Row, Standing, differences
 from dp_flash_attention.training.evaluation import KINDS
 from dp_flash_attention.training.finite_precision import FinitePrecision, finite_precision
 from dp_flash_attention.training.plan import PrivacyPlan, poisson_epsilon
 
 # Other processors and mathematical libraries round the last digits otherwise; a claim may lie that much below.
 _ROUNDING = 1e-9
-# An accountant composes thousands of distributions by Fourier transforms, where such differences add up.
-_SAME = 1e-6
 # The tight bound may exceed the Rényi one by the width of its grid, and by what tiny figures are rounded up to.
 _GRID, _GRID_ABSOLUTE = 1e-2, 1e-3
 # Rényi bounds are loose, but not that loose: a claim so far below is wrong, and the tight bound could take all memory.
@@ -39,40 +35,10 @@ _HOPELESS = 10.0
 _SHOWN = 5
 
 
-class Standing(StrEnum):
-    """What a row of a certificate is: only ``certified`` and ``file`` can be computed again."""
-
-    CERTIFIED = "certified"
-    ASSUMED = "assumed"
-    ESTIMATED = "estimated"
-    FILE = "file"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One thing that a certificate states, and what came out when it was computed again.
-
-    Attributes:
-        name: What it is.
-        stated: What the certificate says.
-        recomputed: What follows from its numbers, or from the file that it names.
-        holds: Whether the one agrees with the other.
-        standing: What the statement is.
-        remark: How it was computed, or what is wrong.
-    """
-
-    name: str
-    stated: str
-    recomputed: str
-    holds: bool
-    standing: Standing
-    remark: str = ""
-
-
 def recompute(content: object) -> tuple[Row, ...]:
     """Computes again everything that follows from a certificate's numbers.
 
-    It takes seconds, whatever the numbers are.
+    It takes seconds for usual runs, and a minute or two at most, for numbers are bounded before anything is computed.
 
     Args:
         content: The certificate as JSON values, from a parser that refuses NaN, infinities and repeated keys.
@@ -321,42 +287,13 @@ def _everything_else(statement: Statement) -> Row:
     )
 
 
-def differences(stated: Any, again: Any, where: str) -> Iterator[str]:
-    """Yields where two JSON values differ; numbers may differ in their last digits.
-
-    Args:
-        stated: One of them.
-        again: The other.
-        where: What to call the whole.
-    """
-    if isinstance(stated, dict) and isinstance(again, dict):
-        for key in sorted(stated.keys() | again.keys()):
-            path = f"{where}.{key}" if where else key
-            if key not in stated or key not in again:
-                yield path
-            else:
-                yield from differences(stated[key], again[key], path)
-    elif isinstance(stated, list) and isinstance(again, list) and len(stated) == len(again):
-        for index, (one, other) in enumerate(zip(stated, again, strict=True)):
-            yield from differences(one, other, f"{where}[{index}]")
-    elif _is_number(stated) and _is_number(again):
-        if not math.isclose(stated, again, rel_tol=_SAME):
-            yield where
-    elif type(stated) is not type(again) or stated != again:
-        yield where
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _bound(name: str, stated: float, found: float, how: str) -> Row:
     """A row of a bound: what is stated may be larger, never smaller."""
     holds = found <= stated * (1.0 + _ROUNDING)
     return _row(name, f"{stated:.9g}", f"at least {found:.9g}", holds, how)
 
 
-def _same(name: str, stated: float, found: float, how: str, tolerance: float = _SAME) -> Row:
+def _same(name: str, stated: float, found: float, how: str, tolerance: float = SAME) -> Row:
     return _row(name, f"{stated:.9g}", f"{found:.9g}", math.isclose(stated, found, rel_tol=tolerance), how)
 
 

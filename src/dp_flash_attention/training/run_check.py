@@ -16,8 +16,9 @@ from dp_flash_attention.crypto.documents import parse
 from dp_flash_attention.crypto.shared_files import check_name, fingerprint, is_plain_file
 from dp_flash_attention.training.certificate import EvaluationStatement
 from dp_flash_attention.training.certificate_reading import Statement, read_statement
+from dp_flash_attention.training.certificate_rows import Row, Standing, differences
 from dp_flash_attention.training.evaluation import read_evaluation
-from dp_flash_attention.training.recomputation import Row, Standing, differences, recompute
+from dp_flash_attention.training.recomputation import recompute
 from dp_flash_attention.training.run_directory import RECORD_FILE
 
 EVALUATION_FILE = "evaluation.json"

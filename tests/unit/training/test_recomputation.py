@@ -18,8 +18,9 @@ from dp_flash_attention.accounting import PoissonSampledGaussian, epsilon
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.training import PrivacyPlan
 from dp_flash_attention.training.certificate import EvaluationStatement, build_certificate
+from dp_flash_attention.training.certificate_rows import Standing
 from dp_flash_attention.training.plan import poisson_epsilon
-from dp_flash_attention.training.recomputation import Standing, recompute
+from dp_flash_attention.training.recomputation import recompute
 
 Content = dict[str, Any]
 Mutation = Callable[[Content], None]

@@ -7,7 +7,7 @@ import pytest
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.crypto.certificates import content_digest
-from dp_flash_attention.training.recomputation import Standing
+from dp_flash_attention.training.certificate_rows import Standing
 from dp_flash_attention.training.run_check import check_run
 
 
