@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 import zlib
 from collections.abc import Callable
@@ -78,3 +79,54 @@ def small_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = " ".join(draw.choice(["good", "fine"] if good else ["bad", "poor"]) for _ in range(3))
             file.write(json.dumps({"text": text, "mood": "up" if good else "down"}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def certified_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Writes what a finished run shares, as training does but with bytes for a model: certificate, files and page."""
+    from dp_flash_attention.crypto.certificates import content_digest
+    from dp_flash_attention.crypto.shared_files import fingerprint
+    from dp_flash_attention.training import PrivacyPlan
+    from dp_flash_attention.training.certificate import EvaluationStatement, build_certificate
+    from dp_flash_attention.training.evaluation import ClassifierEvaluation
+
+    plan = PrivacyPlan(
+        epsilon=4.0,
+        delta=1e-5,
+        sampling_prob=0.05,
+        expected_batch_size=100.0,
+        num_steps=40,
+        l2_clip_norm=2.0,
+        noise_multiplier=1.0,
+    )
+    evaluation = ClassifierEvaluation(
+        epsilon=4.0, delta=1e-5, noise_stddev=1.5, negatives=(50.0, 10.5), positives=(9.5, 40.0)
+    )
+    original = tmp_path_factory.mktemp("certified") / "run"
+    original.mkdir()
+    (original / "model.safetensors").write_bytes(bytes(1000))
+    (original / "evaluation.json").write_text(json.dumps(evaluation.to_dict()))
+    (original / "run.json").write_text(json.dumps({"status": "finished", "facts": {"plan": plan.to_dict()}}))
+    certificate = build_certificate(
+        plan=plan,
+        count_release=None,
+        holdout_prob=0.1,
+        evaluation=EvaluationStatement.of(evaluation),
+        total_epsilon=4.0,
+        task={"name": "a task", "classes": ["no", "yes"]},
+        public_statements=["The columns are public."],
+        hyper_parameters={"learning_rate": 0.1},
+        uses_test_key=False,
+        files={name: fingerprint(original / name) for name in ("model.safetensors", "evaluation.json")},
+    )
+    certificate.write(original / "certificate.json")
+    content = certificate.to_dict()
+    (original / "report.html").write_text(
+        f'<meta name="certificate-sha256" content="{content_digest(content)}"><p>{content["claim"]["statement"]}</p>'
+    )
+
+    def write(directory: Path) -> Path:
+        shutil.copytree(original, directory)
+        return directory
+
+    return write

@@ -2,7 +2,8 @@
 
 A program of its own, because it forks: the parent imports everything and makes the plan, children train.
 A child counts its durable writes and names the places that it passes, and kills itself at the one it was
-told, so every death but the last few is the same on any machine. Started by ``test_kill_and_resume.py``.
+told, so every death but the last few is the same on any machine. Started by ``test_kill_and_resume.py`` with a directory,
+a seed and a stride: deaths at every so many writes, from the first.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def num_writes(ending: str) -> int:
 
 
 def main() -> None:
-    directory, seed = Path(sys.argv[1]), int(sys.argv[2])
+    directory, seed, stride = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)  # forking with living worker threads can hang
     plan = PrivacyPlan(
         epsilon=60.0,
@@ -234,7 +235,7 @@ def main() -> None:
     unbroken = result_of(directory / "unbroken", [ending])
     fresh = {
         f"write {n}": die_at(directory / f"fresh-{n}", plan, f"write {n}")
-        for n in range(1, num_writes(ending) + 1)
+        for n in range(1, num_writes(ending) + 1, stride)
     }
     places = {place: die_at(directory / place.replace(" ", "-"), plan, place) for place in PLACES}
     # What a process does that takes over a run whose noise was drawn and not kept.
@@ -243,7 +244,7 @@ def main() -> None:
     ending = in_child(copied(dead, directory / "resumed"), plan)
     resumed = {
         f"write {n}": die_at(copied(dead, directory / f"resumed-{n}"), plan, f"write {n}")
-        for n in range(1, num_writes(ending) + 1)
+        for n in range(1, num_writes(ending) + 1, stride)
     }
     chance = random.Random(seed)
     moments = [chance.uniform(0.1, 0.9) * duration_s for _ in range(5)]

@@ -61,8 +61,8 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``dpfa`` and ends the process.
 
-    Exit codes: 0 done; 1 a check of ``dpfa verify`` fails; 2 the input, the disk or the directory does not
-    allow it; 70 a bug of ours; 130 interrupted. Every failure is one line on standard error.
+    Exit codes: 0 done; 1 a check of ``dpfa verify`` or ``dpfa certificate`` fails; 2 the input, the disk or the directory
+    does not allow it; 70 a bug of ours; 130 interrupted. Every failure is one line on standard error.
 
     Args:
         arguments: What follows ``dpfa`` on the command line; taken from ``sys.argv`` if None.
@@ -100,7 +100,8 @@ def _fail_unforeseen(error: Exception) -> int:
     format_message = getattr(error, "format_message", None)
     if format_message is not None:
         complaint = str(format_message()).rstrip(".")
-        return _fail(f"{complaint}. Run `dpfa --help` to see what there is.", USAGE_ERROR)
+        stop = "" if complaint.endswith("?") else "."
+        return _fail(f"{complaint}{stop} Run `dpfa --help` to see what there is.", USAGE_ERROR)
     found = f"{type(error).__name__}: {error}".rstrip(".")
     return _fail(
         f"a bug in dpfa: {found}. Run `dpfa --traceback ...` and report what it shows.", INTERNAL_ERROR

@@ -373,3 +373,4 @@ def _print_outcome(console: Console, outcome: RunOutcome, task: Task) -> None:
     console.print(
         f"  {outcome.path / 'diagnostics'}: PRIVATE DATA, not covered by the guarantee", soft_wrap=True
     )
+    console.print(f"Compute the claim again: dpfa certificate check {outcome.path}", soft_wrap=True)

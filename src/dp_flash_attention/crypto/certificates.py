@@ -16,6 +16,7 @@ from typing import Any
 
 from dp_flash_attention.core.durable import sync_directory, write_new_file
 from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.core.private_files import read_private_file
 from dp_flash_attention.crypto.documents import (
     canonical,
     from_text,
@@ -50,6 +51,7 @@ _SIGNED_FIELDS = frozenset(
 )
 _FIELDS = _SIGNED_FIELDS | {"signature"}
 _MAX_SHOWN = 5
+_MAX_CERTIFICATE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +88,14 @@ def sign_certificate(directory: Path, key: SigningKey) -> Path:
             be shared (see ``shared_files``).
         DependencyMissingError: If ``cryptography`` has no ML-DSA.
     """
-    content = _certificate(directory)
+    content = read_certificate(directory)
     body = {
         "algorithm": key.algorithm,
         "key_id": key.key_id,
         "signed_at": now(),
         "subject": CERTIFICATE_FILE,
         "canonicalization": _CANONICALIZATION,
-        "certificate_sha256": hashlib.sha256(canonical(content)).hexdigest(),
+        "certificate_sha256": content_digest(content),
         "files": {
             name: fingerprint(directory / name) for name in shared_files(directory, leave_out=_ITS_OWN)
         },
@@ -135,7 +137,7 @@ def verify_certificate(
         AuthenticationError: If it is unsigned, altered or signed by a key that does not count, or if a covered
             file is missing or altered.
     """
-    content = _certificate(directory)
+    content = read_certificate(directory)
     where = directory / SIGNATURE_FILE
     if not where.is_file():
         raise AuthenticationError(
@@ -157,7 +159,7 @@ def verify_certificate(
         signer.key.verify(canonical(body), signature, context=_CONTEXT)
     except AuthenticationError as error:
         raise AuthenticationError(f"{where} was altered: {error}") from error
-    if hashlib.sha256(canonical(content)).hexdigest() != body["certificate_sha256"]:
+    if content_digest(content) != body["certificate_sha256"]:
         raise AuthenticationError(
             f"{directory / CERTIFICATE_FILE} was altered after it was signed. Ask {signer.name} for the original."
         )
@@ -177,11 +179,19 @@ def verify_certificate(
     )
 
 
-def _certificate(directory: Path) -> dict[str, Any]:
+def read_certificate(directory: Path) -> dict[str, Any]:
+    """Returns the certificate of a run as JSON values: no NaN or infinity, nothing said twice. Nothing of it is checked.
+
+    Raises:
+        InvalidInputError: If there is none, or it has no claim.
+    """
     path = directory / CERTIFICATE_FILE
     remedy = "Pass the directory of a finished run."
     try:
-        content = parse(path.read_bytes())
+        data = read_private_file(path, max_bytes=_MAX_CERTIFICATE_BYTES, follow_links=True).content
+        if len(data) > _MAX_CERTIFICATE_BYTES:
+            raise ValueError(f"it has more than {_MAX_CERTIFICATE_BYTES >> 20} MiB")
+        content = parse(data)
     except OSError as error:
         raise InvalidInputError(
             "directory",
@@ -204,7 +214,12 @@ def certificate_digest(directory: Path) -> str:
     Raises:
         InvalidInputError: If there is no certificate.
     """
-    return hashlib.sha256(canonical(_certificate(directory))).hexdigest()
+    return content_digest(read_certificate(directory))
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of the canonical form of a certificate's JSON values."""
+    return hashlib.sha256(canonical(content)).hexdigest()
 
 
 def _check_files(directory: Path, files: Mapping[str, Any], signer: TrustedKey) -> None:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dp_flash_attention.core.private_files import PrivateFile, read_private_file
 from dp_flash_attention.crypto.errors import KeyFileError
 
 VERSION = 1
@@ -73,7 +74,7 @@ def read_document(data: bytes, *, kind: str, fields: frozenset[str], where: Path
         found = parse(data)
     except ValueError:
         found = None
-    if not isinstance(found, dict) or "format" not in found:
+    if not isinstance(found, dict) or not isinstance(found.get("format"), str):
         raise KeyFileError(f"{where} is not a {kind} file. Pass the one that dpfa certificate wrote.")
     if found["format"] != kind:
         shown = str(found["format"])[:40]
@@ -101,21 +102,25 @@ def is_document(path: Path, *, kind: str) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Returns the bytes of a small file.
+    """Returns the bytes of a small file; see ``read_once``."""
+    return read_once(path).content
+
+
+def read_once(path: Path) -> PrivateFile:
+    """Returns a small file with its mode, both of what was opened; a link is followed.
 
     Raises:
-        KeyFileError: If it cannot be read, or is too large to be a document.
+        KeyFileError: If it cannot be read, is no regular file, or is too large to be a document.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        found = read_private_file(path, max_bytes=_MAX_BYTES, follow_links=True)
     except OSError as error:
         raise KeyFileError(f"{path} cannot be read ({error.strerror}). Check the file's name.") from error
-    if len(data) > _MAX_BYTES:
+    if len(found.content) > _MAX_BYTES:
         raise KeyFileError(
             f"{path} has more than {_MAX_BYTES} bytes, so it is none of ours. Check the file's name."
         )
-    return data
+    return found
 
 
 def to_text(data: bytes) -> str:

@@ -8,7 +8,6 @@ Nothing is ever written over.
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from dp_flash_attention.crypto.documents import (
     now,
     read_bytes,
     read_document,
+    read_once,
     to_text,
     write_document,
 )
@@ -134,9 +134,9 @@ def read_secret_key(path: Path, *, passphrase: str | None = None) -> SecretKey:
         KeyFileError: If the file is missing, foreign, damaged or open to other users, or if the passphrase is
             missing, wrong or not called for.
     """
-    data = read_bytes(path)
-    fields = read_document(data, kind=SECRET_KIND, fields=_SECRET_FIELDS, where=path)
-    if os.name == "posix" and path.stat().st_mode & 0o077:
+    found = read_once(path)
+    fields = read_document(found.content, kind=SECRET_KIND, fields=_SECRET_FIELDS, where=path)
+    if found.open_to_others:
         raise KeyFileError(
             f"{path} is open to other users, but a secret key must have mode 600. Run: chmod 600 {path}"
         )

@@ -6,18 +6,19 @@ of 512 bits, which 256-bit quantum strength needs, therefore takes at least two 
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 from dp_flash_attention.core.errors import InvalidInputError, NoiseUnavailableError
+from dp_flash_attention.core.private_files import read_private_file
 from dp_flash_attention.noise.cpu_entropy import load_rdseed, rdseed_bytes
 from dp_flash_attention.noise.entropy import os_entropy
 
 MAX_CREDIT_BITS: Final = 256
 """Most that one source is credited for: none is trusted for more than its own state or certificate carries."""
+_MAX_KEY_FILE_BYTES: Final = 1 << 20
 
 
 class EntropySource(Protocol):
@@ -105,21 +106,24 @@ class KeyFile:
             InvalidInputError: If others may read it, or it is too short or too long.
         """
         try:
-            mode, content = self.path.stat().st_mode, self.path.read_bytes()
+            found = read_private_file(self.path, max_bytes=_MAX_KEY_FILE_BYTES, follow_links=True)
         except OSError as error:
             raise NoiseUnavailableError(
                 f"Key file {str(self.path)!r} cannot be read ({error.strerror}), but it was named as a source. "
                 "Make it readable to this user."
             ) from error
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        if found.open_to_others:
             raise InvalidInputError(
-                "the key file's mode", oct(mode & 0o777), bound="600 or 400", remedy=f"chmod 600 {self.path}"
+                "the key file's mode", oct(found.mode), bound="600 or 400", remedy=f"chmod 600 {self.path}"
             )
-        if not 32 <= len(content) <= 1 << 20:
+        if not 32 <= len(found.content) <= _MAX_KEY_FILE_BYTES:
             raise InvalidInputError(
-                "the key file's length", len(content), bound="32 bytes to 1 MiB", remedy="Make another file."
+                "the key file's length",
+                "below 32 bytes" if len(found.content) < 32 else "above 1 MiB",
+                bound="32 bytes to 1 MiB",
+                remedy="Make another file.",
             )
-        return content
+        return found.content
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
-import os
-import stat
 from pathlib import Path
 
 from dp_flash_attention.core.durable import sync_directory, write_new_file
 from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.core.private_files import read_private_file
 from dp_flash_attention.noise import SecretKey
 
 _MAGIC = b"dpfa-memo-key-v1\n"
@@ -59,28 +58,20 @@ def _check(key: bytes) -> bytes:
 
 
 def _read_private(path: Path) -> bytes:
-    """Returns the start of a regular file that only its owner may read: what is checked is the file that is read."""
+    """Returns the start of a regular file that only its owner may read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        found = read_private_file(path, max_bytes=len(_MAGIC) + _KEY_BYTES + _CHECK_BYTES, follow_links=False)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in (errno.ELOOP, errno.EINVAL):
             raise
         raise InvalidInputError(
-            "memo key file", str(path), bound="a file and no link", remedy="Name the file itself."
+            "memo key file", str(path), bound="a regular file and no link", remedy="Name the file itself."
         ) from error
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise InvalidInputError(
-                "memo key file", str(path), bound="a regular file", remedy="Name the file itself."
-            )
-        if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
-            raise InvalidInputError(
-                "memo key file",
-                str(path),
-                bound="readable by its owner alone",
-                remedy=f"Run: chmod 600 {path}",
-            )
-        return os.read(descriptor, len(_MAGIC) + _KEY_BYTES + _CHECK_BYTES + 1)
-    finally:
-        os.close(descriptor)
+    if found.open_to_others:
+        raise InvalidInputError(
+            "memo key file",
+            str(path),
+            bound="readable by its owner alone",
+            remedy=f"Run: chmod 600 {path}",
+        )
+    return found.content

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dp_flash_attention.core.durable import write_atomically
+from dp_flash_attention.crypto.certificates import content_digest
 from dp_flash_attention.report.figures import (
     confusion_svg,
     diagnostics_svg,
@@ -54,6 +55,7 @@ def write_reports(outcome: RunOutcome, *, is_public_data: bool = False) -> Path:
             headlines=_headlines(outcome.evaluation, certificate["task"]["classes"]),
             comparison=outcome.comparison if is_public_data else None,
             settings=_settings(certificate),
+            certificate_sha256=content_digest(certificate),
         ),
     )
     _write_private_page(outcome, certificate)

@@ -21,16 +21,17 @@ from dp_flash_attention.clipping import ClippedGradientAccumulator, check_exampl
 from dp_flash_attention.clipping.clip_groups import BoundedGroups, bounded_groups
 from dp_flash_attention.core.durable import write_atomically
 from dp_flash_attention.core.errors import InvalidInputError, RunStateError
+from dp_flash_attention.crypto.shared_files import fingerprint
 from dp_flash_attention.noise import TestKey, discrete_laplace
 from dp_flash_attention.noise.entropy import NoiseKey
-from dp_flash_attention.training.certificate import Certificate, build_certificate
+from dp_flash_attention.training.certificate import Certificate, EvaluationStatement, build_certificate
 from dp_flash_attention.training.choices import Choices, RunRequest, choose
 from dp_flash_attention.training.data.split import Split, Subset, split_records
 from dp_flash_attention.training.evaluation import Evaluation, ReleaseTerms, read_evaluation
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.progress import StepReport
-from dp_flash_attention.training.run_directory import RunDirectory
+from dp_flash_attention.training.run_directory import RECORD_FILE, RunDirectory
 from dp_flash_attention.training.tasks import Task
 from dp_flash_attention.training.trainer import PrivateTrainer
 from dp_flash_attention.training.twin import train_without_privacy
@@ -40,6 +41,7 @@ EVALUATION_FILE = "evaluation.json"
 COMPARISON_FILE = "comparison.json"
 REQUEST_FACT = "request"
 
+_FILES_FACT = "files"
 _EVALUATION_ROWS = 1024
 _REHEARSAL_ROWS = 3
 
@@ -174,6 +176,8 @@ class _Run:
         evaluation = self._evaluate(plan)
         comparison = self._compare(choices)
         task.write_companions(run.path)
+        if _FILES_FACT not in run.facts:
+            run.remember(_FILES_FACT, _fingerprints(run.path))
         uses_test_key = bool(run.settings["uses_test_key"])
         # From here on nothing can be repeated: the secrets are gone, and what follows is made of facts alone.
         run.finish()
@@ -346,7 +350,7 @@ class _Run:
             plan=plan,
             count_release=count_release,
             holdout_prob=request.holdout_prob,
-            evaluation=evaluation,
+            evaluation=None if evaluation is None else EvaluationStatement.of(evaluation),
             total_epsilon=request.epsilon,
             task={"name": task.name, "classes": task.classes, **said},
             public_statements=task.public_statements,
@@ -361,7 +365,7 @@ class _Run:
                 "reasons": dict(choices.reasons),
             },
             uses_test_key=uses_test_key,
-            released=("model.safetensors and what describes it", EVALUATION_FILE, "run.json", "checkpoints/"),
+            files=run.facts[_FILES_FACT],
         )
 
 
@@ -374,6 +378,12 @@ def _rehearse(model: nn.Module, task: Task, request: RunRequest, execution: Exec
     )
     few = task.dataset.take(torch.arange(min(_REHEARSAL_ROWS, len(task.dataset))))
     check_examples_independent(accumulator, model, lambda rows: task.loss_fn(model, rows), few)
+
+
+def _fingerprints(directory: Path) -> dict[str, Any]:
+    """Fingerprints the model, what describes it and the evaluation: all that lies at the top but the run's own record."""
+    names = [path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
+    return {name: fingerprint(directory / name) for name in sorted(names) if name != RECORD_FILE}
 
 
 def _count_trained(model: nn.Module) -> int:

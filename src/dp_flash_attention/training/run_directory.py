@@ -31,8 +31,8 @@ from dp_flash_attention.training.secrets import (
 RunStatus = Literal["preparing", "running", "finished"]
 
 _LOCK_FILE = ".lock"
-_RECORD_FILE = "run.json"
-_SCAFFOLDING = {_LOCK_FILE, SECRETS_DIRECTORY, f".tmp-{_RECORD_FILE}"}
+RECORD_FILE = "run.json"
+_SCAFFOLDING = {_LOCK_FILE, SECRETS_DIRECTORY, f".tmp-{RECORD_FILE}"}
 # Beside the checkpoints: the released model, diagnostics, certificate and report.
 _SPARE_BYTES = 16 << 20
 
@@ -135,7 +135,7 @@ class RunDirectory:
         known = self._record["facts"]
         if name in known and known[name] != value:
             raise RunStateError(
-                f"{name} is recorded as {known[name]!r} in {self.path / _RECORD_FILE}, but now it is "
+                f"{name} is recorded as {known[name]!r} in {self.path / RECORD_FILE}, but now it is "
                 f"{value!r}. Use the recorded value."
             )
         known[name] = value
@@ -167,7 +167,7 @@ class RunDirectory:
         if self.keys is not None:
             self.keys.destroy()
             self.keys = None
-        for name in (_RECORD_FILE, _LOCK_FILE):
+        for name in (RECORD_FILE, _LOCK_FILE):
             (self.path / name).unlink(missing_ok=True)
         self.close()
         if not any(self.path.iterdir()):
@@ -207,7 +207,7 @@ class RunDirectory:
 
     def _write(self) -> None:
         data = json.dumps(self._record, indent=2, sort_keys=True).encode()
-        _refusing_disk_errors(self.path, lambda: write_atomically(self.path / _RECORD_FILE, data))
+        _refusing_disk_errors(self.path, lambda: write_atomically(self.path / RECORD_FILE, data))
 
 
 def _prepare(directory: Path, *, resume: bool) -> None:
@@ -217,7 +217,7 @@ def _prepare(directory: Path, *, resume: bool) -> None:
         present = {entry.name for entry in directory.iterdir()}
     if resume:
         # A process that died within its first moments leaves scaffolding without a record: that is a run too.
-        if _RECORD_FILE not in present and not (_LOCK_FILE in present and present <= _SCAFFOLDING):
+        if RECORD_FILE not in present and not (_LOCK_FILE in present and present <= _SCAFFOLDING):
             raise RunStateError(
                 f"{directory} holds no run to resume. Check the directory's name, or start a run without "
                 "resuming."
@@ -228,7 +228,7 @@ def _prepare(directory: Path, *, resume: bool) -> None:
 
     def make() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".tmp-{_RECORD_FILE}"
+        probe = directory / f".tmp-{RECORD_FILE}"
         probe.write_bytes(bytes(4096))
         probe.unlink()
 
@@ -285,7 +285,7 @@ def _locked(directory: Path) -> int:
 
 
 def _read_record(directory: Path) -> dict[str, Any] | None:
-    path = directory / _RECORD_FILE
+    path = directory / RECORD_FILE
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:

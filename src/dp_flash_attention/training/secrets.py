@@ -12,12 +12,14 @@ from pathlib import Path
 
 from dp_flash_attention.core.durable import sync_directory, write_new_file
 from dp_flash_attention.core.errors import NoiseReuseError, RunStateError
+from dp_flash_attention.core.private_files import read_private_file
 from dp_flash_attention.noise import SecretKey
 from dp_flash_attention.noise.entropy import NoiseKey
 
 SECRETS_DIRECTORY = ".secrets"
 _KEY_FILE = "run.key"
 _FINGERPRINT_FILE = "dataset.fingerprint"
+_MAX_KEY_FILE_BYTES = 1 << 12
 
 
 class RunKeys:
@@ -106,21 +108,21 @@ def read_secrets(run_directory: Path) -> RunKeys:
     """
     path = run_directory / SECRETS_DIRECTORY / _KEY_FILE
     try:
-        shared = (path.stat().st_mode | path.parent.stat().st_mode) & 0o077
-        text = path.read_bytes()
+        folder = path.parent.lstat().st_mode
+        found = read_private_file(path, max_bytes=_MAX_KEY_FILE_BYTES, follow_links=False)
     except OSError:
         raise RunStateError(
             f"{path} cannot be read, but the run is unfinished and needs its secrets to go on. Put the "
             "file back, or start a new run in another directory: its budget adds to what this one has "
             "spent."
         ) from None
-    if shared:
+    if found.open_to_others or (os.name == "posix" and folder & 0o077):
         raise RunStateError(
             f"{path} is open to other users, but the run's secrets must have mode 600. Run: chmod -R go= "
             f"{path.parent}"
         )
     try:
-        stored = json.loads(text)
+        stored = json.loads(found.content)
         key = SecretKey.from_bytes(bytes.fromhex(stored["key"]))
         return RunKeys(key, uses_test_key=stored["kind"] != "secret")
     except (ValueError, KeyError, TypeError):
@@ -146,8 +148,8 @@ def read_dataset_fingerprint(run_directory: Path) -> str:
     """
     path = run_directory / SECRETS_DIRECTORY / _FINGERPRINT_FILE
     try:
-        return path.read_text()
-    except OSError:
+        return read_private_file(path, max_bytes=_MAX_KEY_FILE_BYTES, follow_links=False).content.decode()
+    except (OSError, ValueError):
         raise RunStateError(
             f"{path} cannot be read, but the run must be resumed with the data it was started with. Put "
             "the file back, or start a new run in another directory: its budget adds to what this one has "
@@ -166,7 +168,7 @@ def destroy_secrets(run_directory: Path) -> None:
         return
     for path in directory.iterdir():
         with open(path, "r+b", buffering=0) as file:
-            file.write(bytes(path.stat().st_size))
+            file.write(bytes(os.fstat(file.fileno()).st_size))
             os.fsync(file.fileno())
         path.unlink()
     sync_directory(directory)

@@ -1,6 +1,8 @@
 """``dpfa certificate``: what a user types, sees and gets back."""
 
 import json
+import warnings
+from getpass import GetPassWarning
 
 import pytest
 import typer.main
@@ -10,6 +12,7 @@ from dp_flash_attention.cli.main import main
 
 # Options are a promise: a change here is one of the changelog's.
 OPTIONS = {
+    "check": ["as_json", "certificate_only", "directory"],
     "keygen": ["algorithm", "key", "no_passphrase", "passphrase_file", "purpose"],
     "rotate": ["key", "new", "new_passphrase_file", "no_passphrase", "passphrase_file"],
     "trust": ["add", "file", "name", "revoke", "succession"],
@@ -22,7 +25,9 @@ FLAGS = {
     "--for", "--algorithm", "--passphrase-file", "--no-passphrase", "--key", "--new-passphrase-file", "--add",
     "--name", "--succession", "--revoke", "--trust", "--certificate-only", "--json", "--to", "--out", "--public-extra",
 }  # fmt: skip
-STATEMENT = "The covered files together are (1, 1e-06)-differentially private."
+STATEMENT = (
+    "The covered files together are (4, 1e-05)-differentially private under adding or removing one record."
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +47,14 @@ def dpfa(capsys):
 
 
 @pytest.fixture
-def run(tmp_path):
-    directory = tmp_path / "run"
-    directory.mkdir()
-    (directory / "certificate.json").write_text(
-        json.dumps({"claim": {"epsilon": 1.0, "statement": STATEMENT}})
-    )
-    (directory / "model.safetensors").write_bytes(bytes(1000))
-    return directory
+def run(certified_run, tmp_path):
+    return certified_run(tmp_path / "run")
+
+
+def alter(run, change):
+    content = json.loads((run / "certificate.json").read_text())
+    change(content)
+    (run / "certificate.json").write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -80,10 +85,11 @@ def test_the_options_are_what_they_were():
 def test_sign_and_verify(dpfa, run, alice):
     code, out, _ = dpfa("sign", run, "--key", alice)
     assert code == 0
-    assert "covers certificate.json, model.safetensors" in out
+    assert "covers certificate.json, evaluation.json, model.safetensors" in out
     code, out, err = dpfa("verify", run, "--key", "alice.key.pub")
     assert (code, err) == (0, "")
-    assert "As signed: certificate.json, model.safetensors" in out
+    assert "As signed: certificate.json, evaluation.json, model.safetensors" in out
+    assert "rows hold" in out
     assert f"It claims: {STATEMENT}" in out
 
 
@@ -94,8 +100,79 @@ def test_verify_answers_in_json(dpfa, run, alice):
     found = json.loads(out)
     assert code == 0
     assert found["verified"] is True
-    assert (found["files"], found["unsigned"]) == (["model.safetensors"], ["later.txt"])
-    assert found["claim"]["epsilon"] == 1.0
+    assert found["files"] == ["evaluation.json", "model.safetensors", "report.html", "run.json"]
+    assert found["unsigned"] == ["later.txt"]
+    assert found["claim"]["epsilon"] == 4.0
+    assert all(row["holds"] for row in found["rows"])
+    assert {row["standing"] for row in found["rows"]} == {"certified", "assumed", "estimated", "file"}
+
+
+def test_check_needs_no_key_and_says_that_it_looked_at_no_signature(dpfa, run):
+    code, out, err = dpfa("check", run)
+    assert (code, err) == (0, "")
+    for words in ("certified", "assumed", "estimated", "Signature: not looked at", f"It claims: {STATEMENT}"):
+        assert words in out
+    assert "Real numbers: the float32 rounding" in out
+    found = json.loads(dpfa("check", run, "--json")[1])
+    assert (found["holds"], found["signature"]) == (True, "not looked at")
+    assert "verified" not in found
+
+
+def test_check_shows_what_is_wrong_and_ends_with_one(dpfa, run):
+    alter(run, lambda content: content["claim"].update(epsilon=3.96))
+    code, out, _ = dpfa("check", run)
+    assert code == 1
+    assert "WRONG total: ε: stated 3.96, computed again 4" in out
+    assert "do not rely on this certificate" in out
+    code, out, _ = dpfa("check", run, "--json")
+    assert (code, json.loads(out)["holds"]) == (1, False)
+
+
+def test_check_of_a_certificate_alone(dpfa, run):
+    for path in run.iterdir():
+        if path.name != "certificate.json":
+            path.unlink()
+    assert dpfa("check", run)[0] == 1
+    assert dpfa("check", run, "--certificate-only")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.update(format=9), "format is 9"),
+        (lambda content: content.update(note="trust me"), "note"),
+        (lambda content: content["mechanisms"][0]["parameters"].update(num_steps=10**308), "num_steps"),
+        (lambda content: content["mechanisms"][0]["parameters"].update(noise_multiplier=-1), "noise_multiplier"),
+    ],
+)  # fmt: skip
+def test_what_is_no_certificate_of_this_format_is_one_line_and_exit_code_two(dpfa, run, alice, change, words):
+    alter(run, change)
+    assert refused(dpfa("check", run), words)
+    dpfa("sign", run, "--key", alice)
+    assert refused(dpfa("verify", run, "--key", "alice.key.pub"), words)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda content: content["claim"].update(epsilon=3.96),
+        lambda content: content["mechanisms"][0]["parameters"].update(num_steps=39),
+        lambda content: content["mechanisms"][0]["parameters"].update(noise_multiplier=1.01),
+        lambda content: content["mechanisms"][0]["parameters"].update(sampling_prob=0.0499),
+        lambda content: content["claim"].update(delta=1e-6),
+        lambda content: content["assumed"].pop(0),
+    ],
+    ids=["ε understated by 1 %", "steps", "noise", "sampling", "δ", "assumption"],
+)
+def test_a_lie_is_found_although_the_right_key_signed_it(dpfa, run, alice, lie):
+    alter(run, lie)
+    assert dpfa("sign", run, "--key", alice)[0] == 0
+    code, out, _ = dpfa("verify", run, "--key", "alice.key.pub")
+    assert code == 1
+    assert "do not rely on this certificate" in out
+    assert "Signed by alice.key.pub" in out, "who lied is told"
+    code, out, _ = dpfa("verify", run, "--key", "alice.key.pub", "--json")
+    assert (code, json.loads(out)["verified"]) == (1, False)
 
 
 def test_unlisted_files_are_exit_code_one(dpfa, run, alice):
@@ -120,7 +197,7 @@ def test_an_unsigned_altered_or_foreign_certificate_is_one_line_and_exit_code_tw
     (run / "model.safetensors").write_bytes(bytes(999) + b"x")
     assert refused(dpfa(*verify), "model.safetensors was altered")
     assert dpfa(*verify, "--certificate-only")[0] == 0
-    (run / "certificate.json").write_text(json.dumps({"claim": {"epsilon": 0.5, "statement": STATEMENT}}))
+    alter(run, lambda content: content["claim"].update(epsilon=0.5))
     assert refused(dpfa(*verify, "--certificate-only"), "certificate.json was altered")
     dpfa("keygen", "mallory.key", "--no-passphrase")
     assert refused(dpfa("verify", run, "--key", "mallory.key.pub"), "not trusted")
@@ -164,6 +241,8 @@ def test_a_passphrase_comes_from_a_file(dpfa, run, tmp_path):
     (tmp_path / "wrong").write_text("several quite random worlds\n")
     (tmp_path / "empty").write_text("")
     (tmp_path / "short").write_text("abc\n")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
+    assert refused(dpfa("keygen", "a.key", "--passphrase-file", "bytes"), "UTF-8")
     assert refused(dpfa("keygen", "a.key", "--passphrase-file", "short"), "at least 12")
     assert refused(dpfa("keygen", "a.key", "--passphrase-file", "empty"), "not empty")
     assert not (tmp_path / "a.key.pub").exists()
@@ -186,6 +265,17 @@ def test_a_passphrase_is_asked_for(dpfa, run, monkeypatch):
     assert asked == [("New passphrase", True), ("Passphrase of a.key", True)]
 
 
+def test_without_a_terminal_no_passphrase_is_asked_for(dpfa, monkeypatch, tmp_path):
+    """It would be shown on the screen, or be the first line of whatever is piped in."""
+
+    def prompt(text, **options):
+        warnings.warn("Can not control echo on the terminal.", GetPassWarning, stacklevel=1)
+
+    monkeypatch.setattr(typer, "prompt", prompt)
+    assert refused(dpfa("keygen", "a.key"), "--passphrase-file", "--no-passphrase")
+    assert not (tmp_path / "a.key").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -200,7 +290,8 @@ def test_a_passphrase_is_asked_for(dpfa, run, monkeypatch):
         (["sign", "run", "--key", "alice.key.pub"], "dpfa-public-key"),
         (["sign", "run", "--key", "run/certificate.json"], "not a dpfa-secret-key file"),
         (["sign", "missing", "--key", "alice.key"], "finished run"),
-        (["verify", "run"], "--key or --trust"),
+        (["verify", "run"], "given, or --trust"),
+        (["verify", "run"], "dpfa certificate check"),
         (["verify", "run", "--key", "alice.key.pub", "--trust", "t.json"], "not both"),
         (["verify", "run", "--key", "alice.key"], "dpfa-secret-key"),
         (["verify", "run", "--trust", "missing.json"], "cannot be read"),
@@ -233,14 +324,20 @@ def test_a_foreign_file_is_no_sealed_run(dpfa, run):
 
 def test_nothing_that_a_run_holds_steers_the_terminal(dpfa, run, alice):
     """A claim or a file's name could otherwise erase what was printed, and print a better signature."""
-    (run / "certificate.json").write_text(
-        json.dumps({"claim": {"statement": "good\x1b[2K\nSigned by Bob\r"}})
-    )
+    evil = "good\x1b[2K[/green]\nSigned by Bob\r"
+
+    def steer(content):
+        content["claim"]["statement"] = evil
+        content["assumed"].append(evil)
+        content["estimated"][evil] = 1.0
+        content["files"][evil] = content["files"]["model.safetensors"]
+
+    alter(run, steer)
     dpfa("sign", run, "--key", alice)
     (run / "extra").mkdir()
     (run / "extra" / "a\x1b[2K\nSigned by Bob").touch()
     code, out, err = dpfa("verify", run, "--key", "alice.key.pub", "--public-extra", "extra")
-    assert (code, err) == (0, "")
+    assert (code, err) == (1, "")
     assert "\x1b" not in out
     assert "\nSigned by Bob" not in out
     code, _, err = dpfa("verify", run, "--key", "alice.key.pub")

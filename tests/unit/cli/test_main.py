@@ -110,3 +110,11 @@ def test_a_reader_that_goes_away_is_no_error():
         process.stdout.close()
         err = process.stderr.read()
     assert err == ""
+
+
+def test_a_mistyped_command_is_one_sentence_and_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["certificate", "chek", "x"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "Did you mean 'check'? Run `dpfa --help`" in err

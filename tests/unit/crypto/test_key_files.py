@@ -1,6 +1,7 @@
 """Key files: what they hold, who may read them, and that nothing damaged or foreign gets through."""
 
 import json
+import os
 import stat
 
 import pytest
@@ -90,6 +91,30 @@ def test_nothing_is_written_over(tmp_path):
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(KeyFileError, match="cannot be written"):
         write_secret_key(tmp_path / "missing" / "a.key", make())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a file that is open can be replaced on POSIX alone")
+@pytest.mark.parametrize("late", [0o600, 0o644])
+def test_the_mode_that_is_checked_is_that_of_the_file_that_was_read(tmp_path, monkeypatch, late):
+    """A second look-up of the name could find another file's mode."""
+    key, path, other = make(), tmp_path / "a.key", tmp_path / "other"
+    write_secret_key(path, key)
+    path.chmod(0o600 if late == 0o644 else 0o644)
+    other.touch()
+    other.chmod(late)
+    real = os.open
+
+    def open_and_replace(*arguments, **options):
+        descriptor = real(*arguments, **options)
+        os.replace(other, path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_replace)
+    if late == 0o644:
+        assert read_secret_key(path).public == key.public
+    else:
+        with pytest.raises(KeyFileError, match="chmod 600"):
+            read_secret_key(path)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])

@@ -90,3 +90,26 @@ def test_a_token_that_fails_is_an_error_with_its_name():
 
     with pytest.raises(NoiseUnavailableError, match=r"'token' failed.*no answer"):
         ExternalSource(name="token", reader=unplugged, credit_bits=256).read(8)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a file that is open can be replaced on POSIX alone")
+def test_the_key_file_whose_mode_is_checked_is_the_one_that_is_read(key_file, tmp_path, monkeypatch):
+    secret, other = key_file.read_bytes(), tmp_path / "other"
+    other.write_bytes(bytes(64))
+    other.chmod(0o644)
+    real = os.open
+
+    def open_and_replace(*arguments, **options):
+        descriptor = real(*arguments, **options)
+        os.replace(other, key_file)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_replace)
+    assert KeyFile(path=key_file, credit_bits=256).read(8) == secret
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes with names are POSIX")
+def test_a_pipe_is_no_key_file_and_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe", mode=0o600)
+    with pytest.raises(NoiseUnavailableError, match="no regular file"):
+        KeyFile(path=tmp_path / "pipe", credit_bits=256).read(8)

@@ -24,7 +24,12 @@ def built(**changes: Any) -> dict[str, Any]:
             noise=changes.pop("noise", "secure"),
             clipping=changes.pop("clipping", "flat"),
         ),
-        "count_release": {"mechanism": "discrete Laplace", "epsilon": 0.01, "scale": 100.0},
+        "count_release": {
+            "mechanism": "discrete Laplace",
+            "epsilon": 0.01,
+            "scale": 100.0,
+            "released_count": 50,
+        },
         "holdout_prob": 0.1,
         "evaluation": None,
         "total_epsilon": 60.01,
@@ -32,7 +37,7 @@ def built(**changes: Any) -> dict[str, Any]:
         "public_statements": ["The columns are public."],
         "hyper_parameters": {"learning_rate": 0.1},
         "uses_test_key": False,
-        "released": ["model.safetensors"],
+        "files": {"model.safetensors": {"sha256": "0" * 64, "size": 1}},
     }
     return build_certificate(**(values | changes)).to_dict()
 
@@ -86,6 +91,14 @@ def test_what_is_not_assumed_is_not_said() -> None:
     lines = " ".join(built()["assumed"])
     assert "Philox" not in lines
     assert "number of records is public" not in lines
+
+
+def test_with_the_renyi_accountant_the_field_of_the_other_holds_the_other_s_figure() -> None:
+    plan = PrivacyPlan(
+        epsilon=60.0, delta=1e-3, sampling_prob=0.2, expected_batch_size=10.0, num_steps=5, l2_clip_norm=0.5,
+        noise_multiplier=1.0, accountant="rdp",
+    )  # fmt: skip
+    assert built(plan=plan)["certified"] == built()["certified"]
 
 
 def test_a_test_key_certifies_nothing() -> None:

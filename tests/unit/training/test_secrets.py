@@ -62,6 +62,16 @@ def test_secrets_open_to_others_are_not_used(tmp_path: Path, opened: Path) -> No
         read_secrets(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="this system follows links")
+def test_a_link_in_place_of_the_key_is_not_followed(tmp_path: Path) -> None:
+    write_secrets(tmp_path, RunKeys.from_os())
+    path = tmp_path / KEY_FILE
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunStateError, match="cannot be read"):
+        read_secrets(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"kind": "secret", "key": "00"}', '{"kind": "secret", "key": 3}', "[]"]
 )

@@ -20,7 +20,7 @@ from dp_flash_attention.training.evaluation.next_token import (
     evaluate_language_model,
     token_losses,
 )
-from dp_flash_attention.training.evaluation.terms import Evaluation, ReleaseTerms
+from dp_flash_attention.training.evaluation.terms import KINDS, Evaluation, ReleaseTerms, evaluation_guarantee
 
 _KINDS: tuple[type[ClassifierEvaluation | ConfusionEvaluation | LanguageModelEvaluation], ...] = (
     ClassifierEvaluation,
@@ -44,6 +44,7 @@ def read_evaluation(values: Mapping[str, Any]) -> Evaluation:
 
 
 __all__ = [
+    "KINDS",
     "NUM_BINS",
     "SCORE_BOUND",
     "ClassifierEvaluation",
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate_classifier",
     "evaluate_confusion",
     "evaluate_language_model",
+    "evaluation_guarantee",
     "exact_auc",
     "exact_classification",
     "exact_language_model",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee
-from dp_flash_attention.training.evaluation.terms import ReleaseTerms, evaluation_guarantee, release
+from dp_flash_attention.training.evaluation.terms import KINDS, ReleaseTerms, evaluation_guarantee, release
 
 NUM_BINS = 64
 """Cells of each class's histogram: enough that ties within a cell cost the AUC less than 0.001 on spread-out
@@ -97,11 +97,7 @@ class ClassifierEvaluation:
     @property
     def guarantee(self) -> Guarantee:
         """The five statements, for the certificate."""
-        return evaluation_guarantee(
-            self,
-            sensitivity="L2 norm 1 of the histograms of both classes: one record is one count in one cell",
-            public=("cells", "score bound", "classes", "noise standard deviation"),
-        )
+        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta)
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -155,7 +151,9 @@ def evaluate_classifier(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> 
             remedy="Pass the logits of two classes.",
         )
     counts = class_histograms(logits[:, 1] - logits[:, 0], labels)
-    noise_stddev = release(counts, l2_sensitivity=1.0, terms=terms)
+    noise_stddev = release(
+        counts, l2_sensitivity=KINDS[ClassifierEvaluation.kind].l2_sensitivity, terms=terms
+    )
     return ClassifierEvaluation(
         epsilon=float(terms.epsilon),
         delta=float(terms.delta),

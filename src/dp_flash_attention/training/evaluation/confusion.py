@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee
-from dp_flash_attention.training.evaluation.terms import ReleaseTerms, evaluation_guarantee, release
+from dp_flash_attention.training.evaluation.terms import KINDS, ReleaseTerms, evaluation_guarantee, release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,7 @@ class ConfusionEvaluation:
     @property
     def guarantee(self) -> Guarantee:
         """The five statements, for the certificate."""
-        return evaluation_guarantee(
-            self,
-            sensitivity="L2 norm 1 of the confusion matrix: one record is one count in one cell",
-            public=("classes", "noise standard deviation"),
-        )
+        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta)
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -122,7 +118,7 @@ def evaluate_confusion(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> C
         )
     k = logits.shape[1]
     counts = confusion_counts(logits, labels)
-    noise_stddev = release(counts, l2_sensitivity=1.0, terms=terms)
+    noise_stddev = release(counts, l2_sensitivity=KINDS[ConfusionEvaluation.kind].l2_sensitivity, terms=terms)
     return ConfusionEvaluation(
         epsilon=float(terms.epsilon),
         delta=float(terms.delta),

@@ -13,10 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee
-from dp_flash_attention.training.evaluation.terms import ReleaseTerms, evaluation_guarantee, release
+from dp_flash_attention.training.evaluation.terms import KINDS, ReleaseTerms, evaluation_guarantee, release
 from dp_flash_attention.training.losses import IGNORE_INDEX
-
-_L2_SENSITIVITY = math.sqrt(2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +64,7 @@ class LanguageModelEvaluation:
     @property
     def guarantee(self) -> Guarantee:
         """The five statements, for the certificate."""
-        return evaluation_guarantee(
-            self,
-            sensitivity="L2 norm sqrt(2) of both sums: one record adds at most 1 to each",
-            public=("loss bound", "longest record", "noise standard deviation"),
-        )
+        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta)
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -129,7 +123,9 @@ def evaluate_language_model(
             remedy="Cut token losses off at loss_bound; if training diverged, lower the learning rate.",
         )
     sums = shares.clamp(max=1.0).sum(dim=1)
-    noise_stddev = release(sums, l2_sensitivity=_L2_SENSITIVITY, terms=terms)
+    noise_stddev = release(
+        sums, l2_sensitivity=KINDS[LanguageModelEvaluation.kind].l2_sensitivity, terms=terms
+    )
     return LanguageModelEvaluation(
         epsilon=float(terms.epsilon),
         delta=float(terms.delta),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,12 +36,20 @@ class Evaluation(Protocol):
     """A differentially private evaluation: a release, and figures computed from it alone."""
 
     @property
+    def kind(self) -> str:
+        """A name in ``KINDS``; decides the sensitivity."""
+
+    @property
     def epsilon(self) -> float:
         """ε of the release."""
 
     @property
     def delta(self) -> float:
         """δ of the release."""
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise of each released number."""
 
     @property
     def guarantee(self) -> Guarantee:
@@ -74,14 +84,47 @@ def release(values: Tensor, *, l2_sensitivity: float, terms: ReleaseTerms) -> fl
     return noise_stddev
 
 
-def evaluation_guarantee(evaluation: Any, *, sensitivity: str, public: tuple[str, ...]) -> Guarantee:
+@dataclass(frozen=True, kw_only=True)
+class KindOfEvaluation:
+    """What all evaluations of one kind have in common.
+
+    Attributes:
+        l2_sensitivity: Of the released numbers together, when one record comes or goes.
+        sensitivity: The same in words.
+        public: What is public of it.
+    """
+
+    l2_sensitivity: float
+    sensitivity: str
+    public: tuple[str, ...]
+
+
+KINDS: Mapping[str, KindOfEvaluation] = {
+    "binary": KindOfEvaluation(
+        l2_sensitivity=1.0,
+        sensitivity="L2 norm 1 of the histograms of both classes: one record is one count in one cell",
+        public=("cells", "score bound", "classes", "noise standard deviation"),
+    ),
+    "confusion": KindOfEvaluation(
+        l2_sensitivity=1.0,
+        sensitivity="L2 norm 1 of the confusion matrix: one record is one count in one cell",
+        public=("classes", "noise standard deviation"),
+    ),
+    "next token": KindOfEvaluation(
+        l2_sensitivity=math.sqrt(2.0),
+        sensitivity="L2 norm sqrt(2) of both sums: one record adds at most 1 to each",
+        public=("loss bound", "longest record", "noise standard deviation"),
+    ),
+}
+
+
+def evaluation_guarantee(kind: str, *, epsilon: float, delta: float) -> Guarantee:
     """Returns the five statements of a release by ``release``."""
     return Guarantee(
         neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
         privacy_unit=PrivacyUnit.EXAMPLE,
-        sensitivity=sensitivity,
-        public=public,
-        theorem=f"({evaluation.epsilon:g}, {evaluation.delta:g})-DP: one Gaussian mechanism; the figures are "
-        "post-processing",
+        sensitivity=KINDS[kind].sensitivity,
+        public=KINDS[kind].public,
+        theorem=f"({epsilon:g}, {delta:g})-DP: one Gaussian mechanism; the figures are post-processing",
         source="Dwork & Roth 2014, Theorem A.1 and Proposition 2.1; Balle & Wang 2018, Theorem 8",
     )
