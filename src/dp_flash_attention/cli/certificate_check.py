@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,12 +138,23 @@ def _print_check(found: RunCheck) -> None:
     wrong = sum(not row.holds for row in found.rows)
     claim = found.certificate["claim"]
     if wrong:
+        for name, here in _other_versions(found.certificate["versions"]):
+            typer.echo(
+                f"It was written with another version of {name}; here is {here}. Check with that one too."
+            )
         typer.echo(f"{wrong} of {len(found.rows)} rows are WRONG: do not rely on this certificate.")
     else:
         typer.echo(
             f"All {len(found.rows)} rows hold: the claim follows, if what is assumed is true and what is listed is all that ran."
         )
     typer.echo(f"It claims: {printable(claim['statement'])}")
+
+
+def _other_versions(written_with: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yields what computes the figures and is of another version here than where the certificate was written."""
+    for name in ("dp-flash-attention", "dp-accounting"):
+        if written_with.get(name) != version(name):
+            yield name, version(name)
 
 
 def _print_signature(signed: VerifiedCertificate) -> None:

@@ -124,8 +124,19 @@ def test_check_shows_what_is_wrong_and_ends_with_one(dpfa, run):
     assert code == 1
     assert "WRONG total: ε: stated 3.96, computed again 4" in out
     assert "do not rely on this certificate" in out
+    assert "another version" not in out
     code, out, _ = dpfa("check", run, "--json")
     assert (code, json.loads(out)["holds"]) == (1, False)
+
+
+def test_check_says_that_another_version_may_be_why_a_row_is_wrong(dpfa, run):
+    alter(run, lambda content: content["versions"].update({"dp-accounting": "0.1"}))
+    code, out, _ = dpfa("check", run, "--certificate-only")
+    assert (code, "another version" in out) == (0, False)
+    alter(run, lambda content: content["certified"].update(training_epsilon_by_pld=3.0))
+    code, out, _ = dpfa("check", run, "--certificate-only")
+    assert code == 1
+    assert "another version of dp-accounting; here is" in out
 
 
 def test_check_of_a_certificate_alone(dpfa, run):
