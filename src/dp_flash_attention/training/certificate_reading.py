@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from dp_flash_attention.clipping.clip_groups import ClipGroup, Clipping
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyUnit
 from dp_flash_attention.training.certificate import ACCOUNTED, FORMAT, EvaluationStatement
@@ -28,13 +29,14 @@ _MAX_RECORDS = 10**12
 _MAX_PARAMETERS = 10**13
 _POSITIVE = (1e-100, 1e100)
 _MAX_TEXT = 10_000
+_MAX_GROUPS = 100_000
 _TOP = (
     "format", "claim", "mechanisms", "holdout_prob", "composition", "certified", "estimated", "assumed", "not_covered",
     "secrets", "task", "hyper_parameters", "files", "versions",
 )  # fmt: skip
 _PLAN = (
     "epsilon", "delta", "sampling_prob", "expected_batch_size", "num_steps", "l2_clip_norm", "noise_multiplier", "noise",
-    "accountant", "dataset_size",
+    "accountant", "dataset_size", "clipping",
 )  # fmt: skip
 _REMEDY = "Take the file as the run wrote it; if this is it, the certificate cannot be relied on."
 
@@ -163,8 +165,12 @@ def _mechanisms(listed: object) -> dict[str, dict[str, Any]]:
 def _plan(value: object) -> dict[str, Any]:
     where = f"{TRAINING} parameters"
     exact = isinstance(value, dict) and value.get("noise") == "exact"
-    fields = _fields(value, where, (*_PLAN, "num_parameters") if exact else _PLAN)
+    grouped = isinstance(value, dict) and "clip_groups" in value
+    fields = _fields(
+        value, where, (*_PLAN, *(["num_parameters"] if exact else []), *(["clip_groups"] if grouped else []))
+    )
     _one_of(fields, where, "noise", get_args(TrainingNoise))
+    _one_of(fields, where, "clipping", get_args(Clipping) if not grouped else ("per_layer",))
     _one_of(fields, where, "accountant", ("pld", "rdp"))
     size = fields["dataset_size"]
     return fields | {
@@ -177,7 +183,25 @@ def _plan(value: object) -> dict[str, Any]:
         "noise_multiplier": _number(fields, where, "noise_multiplier", *_NOISE_MULTIPLIER),
         "dataset_size": None if size is None else _whole(fields, where, "dataset_size", _MAX_RECORDS),
         "num_parameters": _whole(fields, where, "num_parameters", _MAX_PARAMETERS) if exact else None,
+        "clip_groups": _groups(fields["clip_groups"]) if grouped else None,
     }
+
+
+def _groups(value: object) -> tuple[ClipGroup, ...]:
+    where = "clip_groups"
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_GROUPS:
+        raise _wrong(where, value, f"a list of 1 to {_MAX_GROUPS:,} groups")
+    groups = []
+    for entry in value:
+        fields = _fields(entry, where, ("name", "parameters", "weight"))
+        (name,) = _texts([fields["name"]], f"{where}: name")
+        weight = _number(fields, where, "weight", *_POSITIVE)
+        groups.append(
+            ClipGroup(
+                name=name, parameters=_texts(fields["parameters"], f"{where}: parameters"), weight=weight
+            )
+        )
+    return tuple(groups)
 
 
 def _count(fields: dict[str, Any] | None) -> CountStatement | None:
@@ -216,7 +240,7 @@ def _evaluation(
 def _certified(value: object, plan: Mapping[str, Any], *, holds: bool) -> dict[str, Any]:
     if not holds:
         return _fields(value, "certified", ())
-    names = (*ACCOUNTED, "l2_sensitivity_of_a_step", "method")
+    names = (*ACCOUNTED, "l2_sensitivity_of_a_step", "clipping", "method")
     exact = plan["noise"] == "exact"
     fields = _fields(value, "certified", (*names, "finite_precision") if exact else names)
     for name in (*ACCOUNTED, "l2_sensitivity_of_a_step"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dp_flash_attention.accounting import PoissonSampledGaussian, epsilon
+from dp_flash_attention.clipping.clip_groups import ClipGroup
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.training import PrivacyPlan
 from dp_flash_attention.training.cached_accountant import cached_epsilon
@@ -372,3 +373,31 @@ def test_certificates_of_this_format_stay_valid(name: str) -> None:
     """Written by `dpfa train`. If this fails, the format has changed and needs another number."""
     content = json.loads((Path(__file__).with_name(name)).read_text(encoding="utf-8"))
     assert wrong_rows(content) == []
+
+
+GROUPS = (
+    ClipGroup(name="first", parameters=("a", "b"), weight=3.0),
+    ClipGroup(name="last", parameters=("c",)),
+)
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_clipping_in_groups_is_recomputed_and_cannot_be_restated(
+    groups: tuple[ClipGroup, ...] | None,
+) -> None:
+    plan = replace(plan_of(), clipping="per_layer", clip_groups=groups)
+    content = json.loads(json.dumps(built(plan)))
+    assert wrong_rows(content) == []
+    restated = copy.deepcopy(content)
+    restated["certified"]["clipping"] = "flat"
+    assert wrong_rows(restated) == ["every other field"]
+    part(restated, "training")["parameters"]["clipping"] = "flat"
+    if groups is None:
+        assert wrong_rows(restated) == ["every other field"]
+        return
+    with pytest.raises(InvalidInputError, match="clipping"):
+        recompute(restated)
+    for wrong in ([], {}, [{"name": "first"}], [{"name": "a", "parameters": ["a"], "weight": -1.0}]):
+        part(content, "training")["parameters"]["clip_groups"] = wrong
+        with pytest.raises(InvalidInputError, match="clip_groups"):
+            recompute(content)
