@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from dp_flash_attention.noise import (
     DiscreteGaussianGenerator,
@@ -16,11 +18,12 @@ from dp_flash_attention.noise import (
     certify_layers,
     plan_layers,
 )
+from dp_flash_attention.noise.discrete_gaussian import Consume
 from dp_flash_attention.noise.wide_discrete_gaussian import WideDiscreteGaussian
 from dp_flash_attention.quantum.values import Integers
 
 # Measured on two busy cores of an AMD EPYC, layers over one table and coins: 25 to 40 million a second at σ = 100 (3
-# layers), 14 to 50 at σ = 4,096 (5 layers). Below, layers make the integers of the kernel, whatever the device.
+# layers), 14 to 50 at σ = 4,096 (5 layers).
 _WIDE_FROM = Fraction(2048**2)
 MAX_DISTANCE_EXACT = Fraction(1, 2**100)
 MAX_DISTANCE = float(MAX_DISTANCE_EXACT)
@@ -47,11 +50,26 @@ class ExactNoise:
         Raises:
             NoiseUnavailableError: If the cipher cannot be used.
         """
+        out = np.empty(num, dtype=np.int64)
+
+        def keep(start: int, numbers: npt.NDArray[Any]) -> None:
+            out[start : start + len(numbers)] = numbers
+
+        self.stream(key, num, keep, step=step, cipher=cipher)
+        return out
+
+    def stream(
+        self, key: NoiseKey, num: int, consume: Consume, *, step: int, cipher: ExactCipher = "aes-256-ctr"
+    ) -> None:
+        """Hands what ``draw`` returns to ``consume``, piece by piece and from several threads; no full-size buffer.
+
+        Raises:
+            NoiseUnavailableError: If the cipher cannot be used.
+        """
         if isinstance(self.sampler, WideDiscreteGaussian):
-            return self.sampler.draw(key, num, step=step, cipher=cipher)
-        generator = self.generator(key, cipher=cipher)
-        drawn: Integers = generator.fill_(torch.empty(num, dtype=torch.int64), step=step, stream=0).numpy()
-        return drawn
+            self.sampler.stream(key, num, consume, step=step, cipher=cipher)
+        else:
+            self.generator(key, cipher=cipher).stream(num, consume, step=step, stream=0)
 
     def generator(self, key: NoiseKey, *, cipher: ExactCipher) -> DiscreteGaussianGenerator:
         """Returns the generator of layered noise, which writes to CUDA tensors too if the cipher is ChaCha20.
@@ -65,13 +83,22 @@ class ExactNoise:
         )
 
 
+def makes_layers(cipher: ExactCipher) -> bool:
+    """Whether a cipher's noise is layers whatever its width.
+
+    ChaCha20 is the cipher with a kernel, and the kernel makes layers. So that one key makes the same integers on every
+    device, the host makes them of layers too; AES-256-CTR and SHAKE256 run on the host only, and take the fastest sampler.
+    """
+    return cipher == "chacha20"
+
+
 @lru_cache(maxsize=64)
 def noise_for(variance: Fraction, *, layered: bool = False) -> ExactNoise:
     """Returns the noise of ``variance`` (in units of the grid squared), with its certificate.
 
     Args:
         variance: σ².
-        layered: Whether only layers will do, as for the kernel.
+        layered: Whether only layers will do: ``makes_layers(cipher)``.
 
     Raises:
         InvalidInputError: If the certified distance would be above 2^-100, or the variance is out of range.

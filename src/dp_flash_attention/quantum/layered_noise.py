@@ -22,7 +22,7 @@ from dp_flash_attention.quantum.generator_strength import (
     secret_bits,
     strength_assumptions,
 )
-from dp_flash_attention.quantum.grid import round_to_grid
+from dp_flash_attention.quantum.grid import OnGrid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.layered_plan import LayeredPlan, NoiseLaw, plan_layered
 from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, unpack
@@ -127,11 +127,12 @@ class LayeredNoise:
             )
         step = non_negative_int("step", step, remedy="Count releases from 0.")
         subkey = key.derive("quantum.layered_noise")
+        target = OnGrid(unpacked.flat, plan.grid, steps=True)
         if plan.law == "skellam":
-            noise = skellam(plan.dimension, variance=plan.share_variance, key=subkey, step=step)
+            target(0, skellam(plan.dimension, variance=plan.share_variance, key=subkey, step=step))
         else:
-            noise = noise_for(plan.share_variance).draw(subkey, plan.dimension, step=step)
-        return round_to_grid(unpacked.vector, plan.grid) + noise
+            noise_for(plan.share_variance).stream(subkey, plan.dimension, target, step=step)
+        return target.out
 
     def combine(
         self,
