@@ -70,7 +70,7 @@ def wide_law() -> Iterator[Evidence]:
         name="wide noise, σ = 64: supply",
         claim="So many proposals are accepted that a chunk never runs short.",
         measured=f"{accepted:.4f} accepted",
-        bound="at least 0.905, where 0.875 are needed of 65,536",
+        bound="at least 0.905, where 0.875 are needed of 131,072",
         holds=accepted >= 0.905,
         basis="computed",
     )

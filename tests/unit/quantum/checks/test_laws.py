@@ -44,8 +44,12 @@ def test_shares_of_one_nth_fail(monkeypatch):
 
 
 def test_less_noise_than_planned_fails(monkeypatch):
-    draw = exact_noise.ExactNoise.draw
-    monkeypatch.setattr(exact_noise.ExactNoise, "draw", lambda *a, **k: draw(*a, **k) // 2)
+    stream = exact_noise.ExactNoise.stream
+
+    def half(self, key, num, consume, **settings):
+        stream(self, key, num, lambda start, noise: consume(start, noise // 2), **settings)
+
+    monkeypatch.setattr(exact_noise.ExactNoise, "stream", half)
     assert failing(laws.layered, 20_000) == ["LayeredNoise: 4 honest of 6, discrete gaussian"]
 
 
