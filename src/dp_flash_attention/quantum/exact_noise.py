@@ -19,7 +19,10 @@ from dp_flash_attention.noise import (
     plan_layers,
 )
 from dp_flash_attention.noise.discrete_gaussian import Consume
+from dp_flash_attention.noise.skellam import SkellamTable, skellam, skellam_table
 from dp_flash_attention.noise.wide_discrete_gaussian import WideDiscreteGaussian
+from dp_flash_attention.noise.wide_skellam import MIN_VARIANCE as _WIDE_SKELLAM_FROM
+from dp_flash_attention.noise.wide_skellam import WideSkellam
 from dp_flash_attention.quantum.values import Integers
 
 # Measured on two busy cores of an AMD EPYC, layers over one table and coins: 25 to 40 million a second at σ = 100 (3
@@ -32,17 +35,17 @@ MAX_DISTANCE = float(MAX_DISTANCE_EXACT)
 
 @dataclass(frozen=True, kw_only=True)
 class ExactNoise:
-    """The discrete Gaussian of one variance.
+    """The discrete Gaussian, or Skellam's law, of one variance.
 
     Attributes:
         total_variation: Certified distance of one sample from the ideal law, rounded up.
         largest: The largest magnitude that can come out.
-        sampler: What draws: layers of tables, or one table and coins for wide noise (up to twice as fast).
+        sampler: What draws: layers of tables, one table and coins for wide noise, or one Skellam table.
     """
 
     total_variation: float
     largest: int
-    sampler: Layers | WideDiscreteGaussian
+    sampler: Layers | WideDiscreteGaussian | WideSkellam | SkellamTable
 
     def draw(self, key: NoiseKey, num: int, *, step: int, cipher: ExactCipher = "aes-256-ctr") -> Integers:
         """Returns ``num`` integers, int64. A pair (key, step) is for one release only.
@@ -66,8 +69,11 @@ class ExactNoise:
         Raises:
             NoiseUnavailableError: If the cipher cannot be used.
         """
-        if isinstance(self.sampler, WideDiscreteGaussian):
+        if isinstance(self.sampler, WideDiscreteGaussian | WideSkellam):
             self.sampler.stream(key, num, consume, step=step, cipher=cipher)
+        elif isinstance(self.sampler, SkellamTable):
+            assert cipher == "aes-256-ctr", "tables of Skellam numbers are read with AES-256 only"
+            consume(0, skellam(num, variance=self.sampler.variance, key=key, step=step))
         else:
             self.generator(key, cipher=cipher).stream(num, consume, step=step, stream=0)
 
@@ -114,3 +120,20 @@ def noise_for(variance: Fraction, *, layered: bool = False) -> ExactNoise:
         largest=certificate.largest,
         sampler=layers,
     )
+
+
+@lru_cache(maxsize=16)
+def skellam_noise_for(variance: Fraction) -> ExactNoise:
+    """Returns Skellam noise of ``variance`` (in units of the grid squared), with its certificate.
+
+    From 2^28 on it is drawn as wide discrete Gaussians are; below, by binary search in one table, whose time depends on what
+    comes out.
+
+    Raises:
+        InvalidInputError: If the variance is out of range.
+    """
+    if variance >= _WIDE_SKELLAM_FROM:
+        wide = WideSkellam(variance)
+        return ExactNoise(total_variation=wide.total_variation, largest=wide.largest, sampler=wide)
+    table = skellam_table(variance)
+    return ExactNoise(total_variation=table.total_variation, largest=table.largest, sampler=table)

@@ -50,7 +50,10 @@ def test_less_noise_than_planned_fails(monkeypatch):
         stream(self, key, num, lambda start, noise: consume(start, noise // 2), **settings)
 
     monkeypatch.setattr(exact_noise.ExactNoise, "stream", half)
-    assert failing(laws.layered, 20_000) == ["LayeredNoise: 4 honest of 6, discrete gaussian"]
+    assert failing(laws.layered, 20_000) == [
+        "LayeredNoise: 4 honest of 6, skellam",
+        "LayeredNoise: 4 honest of 6, discrete gaussian",
+    ]
 
 
 def test_another_skellam_table_another_bound_and_another_tau_fail(monkeypatch):
