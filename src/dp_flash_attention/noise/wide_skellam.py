@@ -113,7 +113,7 @@ class WideSkellam:
             table=self.table,
             half_inverse=float(1 / (2 * variance)),
             slack=float(slack) * (1.0 + 1e-15),
-            acceptance=self._acceptance,
+            acceptance=self.acceptance,
             table_distance=distance,
         )
         self.total_variation = law.total_variation
@@ -139,7 +139,8 @@ class WideSkellam:
         """Hands what ``draw`` returns to ``consume``, piece by piece and from several threads; no full-size buffer."""
         self._sampler.stream(key, num, consume, step=step, stream=stream, cipher=cipher)
 
-    def _acceptance(self, scaled: int, low: int) -> Decimal:
+    def acceptance(self, scaled: int, low: int) -> Decimal:
+        """Returns the coin's probability I_{kA+u}(μ)/I_{kA}(μ) for ``scaled`` = kA and ``low`` = u, to 60 digits."""
         return self._law.probability(scaled + low) / self._law.probability(scaled)
 
 

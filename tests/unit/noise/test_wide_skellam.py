@@ -67,7 +67,7 @@ def test_the_table_and_the_coin_make_the_law(variance):
     law, k = noise._law, noise.multiplier
     base = Fraction(noise.table.masses[0])
     for a, u in ((1, 0), (3, 5), (7, k - 1), (20, k // 3)):
-        drawn = Fraction(noise.table.masses[a]) * Fraction(noise._acceptance(k * a, u)) / base
+        drawn = Fraction(noise.table.masses[a]) * Fraction(noise.acceptance(k * a, u)) / base
         true = Fraction(law.probability(k * a + u)) / Fraction(law.probability(0))
         assert abs(drawn / true - 1) < Fraction(1, 2**80)
     assert 0 < noise.total_variation < 2.0**-118
@@ -115,7 +115,7 @@ def test_a_coin_of_the_gaussian_would_be_noticed_where_it_matters():
     gamma = Fraction((k - 1) * (k - 1 + 2 * k * 5)) / (2 * NARROWEST)
     with localcontext(Context(prec=60)):
         gaussian = (-Decimal(gamma.numerator) / Decimal(gamma.denominator)).exp()
-        assert abs(noise._acceptance(5 * k, k - 1) / gaussian - 1) > Decimal(2) ** -40
+        assert abs(noise.acceptance(5 * k, k - 1) / gaussian - 1) > Decimal(2) ** -40
 
 
 @pytest.mark.parametrize("variance", [Fraction(2**28) - 1, Fraction(2**91), 2**30, 1e10])
