@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from numbers import Rational
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -29,6 +30,7 @@ from dp_flash_attention.noise.keystream import (
     Domain,
     Keystream,
     Stream,
+    checked_count,
     checked_position,
     new_buffer,
 )
@@ -47,6 +49,8 @@ _MAX_CHUNK_TILES: Final = 16
 _INT32_LIMIT: Final = 2**31
 
 Integers = npt.NDArray[Any]
+Consume = Callable[[int, Integers], None]
+"""Takes the place of the first number and some numbers, int32 or int64; they are scratch, which it may use up."""
 
 
 class _Worker:
@@ -64,20 +68,24 @@ class _Worker:
 
     def write(self, source: Stream, start: int, out: Integers, *, add: bool) -> None:
         """Writes or adds samples start … start + len(out) - 1, where ``start`` begins a tile."""
-        num_tiles = -(-len(out) // TILE)
+        samples = self.samples(source, start, len(out))
+        if add:
+            np.add(out, samples, out=out)
+        else:
+            np.copyto(out, samples)
+
+    def samples(self, source: Stream, start: int, num: int) -> Integers:
+        """Returns samples start … start + num - 1, which lie in scratch."""
+        num_tiles = -(-num // TILE)
         words = source.read(
             num_tiles * self._layer_bytes,
             domain=Domain.DISCRETE_GAUSSIAN,
             block=start // TILE * self._layer_bytes // source.block_bytes,
             buffer=self._buffer,
         )
-        samples = self._samples(
-            source, start // TILE, words.reshape(num_tiles, len(self._layers), TILE_BYTES), len(out)
+        return self._samples(
+            source, start // TILE, words.reshape(num_tiles, len(self._layers), TILE_BYTES), num
         )
-        if add:
-            np.add(out, samples, out=out)
-        else:
-            np.copyto(out, samples)
 
     def _samples(self, source: Stream, first_tile: int, words: Bytes, num: int) -> Integers:
         """Horner's scheme from the top layer down; layer i reads the i-th part of each tile's bytes."""
@@ -215,6 +223,28 @@ class DiscreteGaussianGenerator:
         Arguments and errors are those of ``fill_``.
         """
         return self._write(out, step, stream, add=True)
+
+    def stream(self, num: int, consume: Consume, *, step: int, stream: int) -> None:
+        """Hands what ``fill_`` would write to ``consume``, chunk by chunk while it is in the cache, from several threads.
+
+        Args:
+            num: How many samples.
+            consume: Takes the place of the first one and a piece, int32 or int64, which is scratch.
+            step: As in ``fill_``.
+            stream: As in ``fill_``.
+
+        Raises:
+            InvalidInputError: If an argument is out of range.
+        """
+        count = checked_count("num", num)
+        step, stream = checked_position(step, stream)
+        source = self._keystream.at(step=step, stream=stream)
+
+        def hand_chunk(worker: _Worker, start: int) -> None:
+            consume(start, worker.samples(source, start, min(self._chunk, count - start)))
+
+        if count:
+            self._threads.run(hand_chunk, count, num_threads=torch.get_num_threads())
 
     def _write(self, out: Tensor, step: int, stream: int, *, add: bool) -> Tensor:
         if runs_on_kernel(out):

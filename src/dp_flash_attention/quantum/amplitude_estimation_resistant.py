@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import (
@@ -16,6 +17,7 @@ from dp_flash_attention.core.privacy import (
 )
 from dp_flash_attention.core.validation import non_negative_int
 from dp_flash_attention.noise import NoiseKey, SecretKey, WideSecretKey
+from dp_flash_attention.noise.discrete_gaussian import Consume
 from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.quantum.canonical import canonical_bytes
 from dp_flash_attention.quantum.charges import ChargeBook
@@ -30,10 +32,11 @@ from dp_flash_attention.quantum.generator_strength import (
     strength_assumptions,
     suitable_cipher,
 )
-from dp_flash_attention.quantum.grid import add_on_grid, round_to_grid
+from dp_flash_attention.quantum.grid import rounded_steps
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.prf import keyed_shake256
-from dp_flash_attention.quantum.values import Integers, unpack
+from dp_flash_attention.quantum.universal_digest import MAX_PIECE, UniversalDigest
+from dp_flash_attention.quantum.values import unpack
 
 _DIGEST_BYTES = 64
 
@@ -151,10 +154,7 @@ class AmplitudeEstimationResistant:
                 bound=f"{dimension} numbers, whole: {whole}, as declared",
                 remedy="Declare the answer's length and kind.",
             )
-        counts = round_to_grid(unpacked.vector, plan.grid)
-        steps = add_on_grid(counts, self._noise(label, counts, plan), 1.0)
-        self._bind(label, steps)
-        return self._describe(unpacked.restore(steps.astype(np.float64) * plan.grid), plan, sensitivity)
+        return self._describe(unpacked.restore(self._noisy(label, unpacked.flat, plan)), plan, sensitivity)
 
     def release(
         self, value: Any, sensitivity: Sensitivity, budget: PrivacyBudget, *, query: object = None
@@ -193,13 +193,33 @@ class AmplitudeEstimationResistant:
             num_bytes=_DIGEST_BYTES,
         )
 
-    def _bind(self, label: bytes, steps: Integers) -> None:
+    def _noisy(self, label: bytes, flat: npt.NDArray[Any], plan: GaussianPlan) -> npt.NDArray[Any]:
+        """Returns the answer, once the charge book has a digest of it."""
+        commitment = UniversalDigest(self._secret, label, domain=b"dpfa.memo.commitment.v2")
+        # A copy of its own: the noise belongs to these numbers, even if the caller's memory changes meanwhile.
+        steps = rounded_steps(flat, plan.grid, commitment.absorb, piece=MAX_PIECE)
+        answer = UniversalDigest(self._secret, label, domain=b"dpfa.memo.answer.v2")
+        out = np.empty(flat.shape, np.float32 if flat.dtype == np.float32 else np.float64)
+
+        def finish(start: int, noise: npt.NDArray[Any]) -> None:
+            part = slice(start, start + len(noise))
+            # Doubles hold sums of two whole numbers of at most 2^52 each; 0 comes with one sign only, as x + 0 is never −0 here.
+            np.add(steps[part], noise, out=steps[part])
+            answer.absorb(start, steps[part])
+            np.multiply(steps[part], plan.grid, out=steps[part])
+            with np.errstate(over="ignore"):  # float32 rounds to infinity, in silence
+                np.copyto(out[part], steps[part], casting="unsafe")
+
+        self._add_noise(self._noise_key(label, commitment.digest(_DIGEST_BYTES)), plan, finish)
+        self._bind(label, answer.digest(_DIGEST_BYTES))
+        return out
+
+    def _bind(self, label: bytes, answer: bytes) -> None:
         """Records a keyed digest of what is about to be released; another one than before is not released.
 
         A query that was paid for is answered for nothing, also after a restart. That is sound only if it is the same
         answer: changed data, or a version of the library that draws other noise, would make a second release.
         """
-        answer = self._digest(label, steps, domain=b"dpfa.memo.answer.v1", num_bytes=_DIGEST_BYTES)
         if not self._charges.bind(query=label, answer=answer):
             raise NoiseReuseError(
                 f"A query gave another answer than before under data_version {self._version!r}, but one version "
@@ -207,13 +227,7 @@ class AmplitudeEstimationResistant:
                 "upgrade that changed the noise, raise the epoch."
             )
 
-    def _digest(self, label: bytes, numbers: Integers, *, domain: bytes, num_bytes: int) -> bytes:
-        return keyed_shake256(
-            self._secret, label, numbers.astype("<i8").tobytes(), domain=domain, num_bytes=num_bytes
-        )
-
-    def _noise(self, label: bytes, counts: Integers, plan: GaussianPlan) -> Integers:
-        commitment = self._digest(label, counts, domain=b"dpfa.memo.commitment.v1", num_bytes=_DIGEST_BYTES)
+    def _noise_key(self, label: bytes, commitment: bytes) -> NoiseKey:
         seed = keyed_shake256(
             self._secret,
             label,
@@ -221,12 +235,12 @@ class AmplitudeEstimationResistant:
             domain=b"dpfa.memo.noise.v1",
             num_bytes=len(self._secret),
         )
-        key: NoiseKey
         if isinstance(self._master, WideSecretKey):
-            key = WideSecretKey.from_bytes(seed, entropy_bits=self._master.entropy_bits)
-        else:
-            key = SecretKey.from_bytes(seed)
-        return noise_for(plan.variance).draw(key, plan.dimension, step=0, cipher=self._cipher)
+            return WideSecretKey.from_bytes(seed, entropy_bits=self._master.entropy_bits)
+        return SecretKey.from_bytes(seed)
+
+    def _add_noise(self, key: NoiseKey, plan: GaussianPlan, finish: Consume) -> None:
+        noise_for(plan.variance).stream(key, plan.dimension, finish, step=0, cipher=self._cipher)
 
     def _describe(self, value: Any, plan: GaussianPlan, sensitivity: Sensitivity) -> Release:
         return Release(
@@ -265,7 +279,8 @@ class AmplitudeEstimationResistant:
                 self._charges.assumption,
                 "The data do not change under one data_version, and the computation is deterministic.",
                 "The sensitivity passed in holds for the answer, between answers with NaN counted as 0.",
-                "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits).",
+                "SHAKE256 keyed by a prefix is a pseudo-random function (capacity 512 bits); under keys that nobody can query, "
+                "AES-256 of two points looks uniform to one pass of polynomial hashing.",
                 *strength_assumptions(
                     secret_bits(self._master), self._cipher, vouched=vouched_entropy(self._master)
                 ),

@@ -85,7 +85,7 @@ def plan_gaussian(
         budget: (ε, δ) for ideal noise, sampler and generator together.
         grid: γ, a power of two; None for the default.
         advantage: Bound of what an observer gains from the bits being pseudo-random.
-        layered: Whether the noise will be made of layers whatever its width, as the kernel makes it.
+        layered: Whether the noise will be made of layers whatever its width (``exact_noise.makes_layers``).
 
     Raises:
         InvalidInputError: If the grid is too coarse or too fine, or no noise can meet the budget.

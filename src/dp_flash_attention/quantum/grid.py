@@ -11,6 +11,7 @@ large saturates there, and NaN counts as 0: each coordinate by itself, so no two
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -83,36 +84,81 @@ def sensitivity_on_grid(l2_sensitivity: float, grid: float, dimension: int, *, w
 def round_to_grid(vector: Vector, grid: float) -> Integers:
     """Returns the nearest multiples of ``grid``, halves to even, as int64 counts of it, saturated at ±2^52."""
     counts = np.empty(vector.shape, dtype=np.float64)
-    write_bounded(vector, counts, limit=MAX_MAGNITUDE, scale=1.0 / grid)
-    return np.rint(counts, out=counts).astype(np.int64)
+    write_steps(vector, counts, grid)
+    return counts.astype(np.int64)
 
 
-def add_on_grid(flat: npt.NDArray[Any], noise: Integers, grid: float) -> npt.NDArray[Any]:
-    """Returns (round(flat/grid) + noise)·grid in the dtype of ``flat``, as ``round_to_grid`` rounds; ``noise`` is used up.
+class OnGrid:
+    """Where a stream of noise ends: writes (round(flat/grid) + noise)·grid, each piece while it is in the cache.
 
-    Rounding to the dtype comes last. One pass over memory, in chunks that stay in the cache, on torch's number of threads.
+    Rounding is that of ``round_to_grid``; rounding to the result's dtype comes last. Pieces may come in any order and from
+    several threads.
 
     Args:
         flat: float32, float64 or int64 [d].
-        noise: int64 [d], at most 2^52 in magnitude.
         grid: A power of two.
+        steps: Whether the result counts steps of the grid, int64, rather than being scaled back.
+
+    Attributes:
+        out: The result: of the dtype of ``flat``, but float64 for whole numbers off their own grid.
     """
-    stays_whole = flat.dtype == np.int64 and grid == 1.0
-    out = noise if stays_whole else np.empty(flat.shape, np.float64 if flat.dtype == np.int64 else flat.dtype)
 
-    def write_chunk(scratch: Vector, start: int) -> None:
-        part = flat[start : start + _CHUNK]
-        counts, numbers = noise[start : start + _CHUNK], scratch[: len(part)]
-        if stays_whole:
-            counts += np.clip(part, -_REACH, _REACH)
+    def __init__(self, flat: npt.NDArray[Any], grid: float, *, steps: bool = False) -> None:
+        self._flat, self._grid, self._steps = flat, grid, steps
+        self._whole = flat.dtype == np.int64 and grid == 1.0
+        whole_result = steps or self._whole
+        dtype = np.dtype(np.float64) if flat.dtype == np.int64 else flat.dtype
+        self.out: npt.NDArray[Any] = np.empty(flat.shape, np.int64 if whole_result else dtype)
+
+    def __call__(self, start: int, noise: npt.NDArray[Any]) -> None:
+        """Writes what ``noise``, int32 or int64 and at most 2^52 in magnitude, makes of the numbers from ``start`` on."""
+        scratch = np.empty(min(_CHUNK, len(noise)), dtype=np.float64)
+        for first in range(0, len(noise), _CHUNK):
+            part = noise[first : first + _CHUNK]
+            self._write(scratch[: len(part)], start + first, part)
+
+    def _write(self, numbers: Vector, start: int, noise: npt.NDArray[Any]) -> None:
+        part, out = self._flat[start : start + len(noise)], self.out[start : start + len(noise)]
+        if self._whole:
+            np.clip(part, -_REACH, _REACH, out=out)
+            out += noise
             return
-        write_bounded(part, numbers, limit=MAX_MAGNITUDE, scale=1.0 / grid)
-        np.rint(numbers, out=numbers)
-        counts += numbers.astype(np.int64)
-        np.multiply(counts, grid, out=numbers, dtype=np.float64)
+        write_steps(part, numbers, self._grid)
+        # Doubles hold sums of two whole numbers of at most 2^52 each.
+        np.add(numbers, noise, out=numbers)
+        if not self._steps:
+            np.multiply(numbers, self._grid, out=numbers)
         with np.errstate(over="ignore"):  # float32 rounds to infinity, in silence
-            out[start : start + _CHUNK] = numbers
+            np.copyto(out, numbers, casting="unsafe")
 
-    threads = ChunkThreads(lambda: np.empty(_CHUNK, dtype=np.float64), chunk=_CHUNK)
-    threads.run(write_chunk, len(flat), num_threads=torch.get_num_threads())
+
+def write_steps(part: npt.NDArray[Any], out: Vector, grid: float) -> None:
+    """Writes what ``round_to_grid`` makes of ``part``, as whole doubles; a zero may have either sign."""
+    write_bounded(part, out, limit=MAX_MAGNITUDE, scale=1.0 / grid)
+    np.rint(out, out=out)
+
+
+def rounded_steps(
+    flat: npt.NDArray[Any], grid: float, each: Callable[[int, Vector], None], *, piece: int
+) -> Vector:
+    """Returns what ``round_to_grid`` makes of ``flat``, as whole doubles with zeros positive, on torch's number of threads.
+
+    Args:
+        flat: float32, float64 or int64 [d].
+        grid: A power of two.
+        each: Called with the place and the numbers of every piece once it is written.
+        piece: Numbers in a piece.
+    """
+    out = np.empty(flat.shape, dtype=np.float64)
+
+    def write_piece(worker: None, start: int) -> None:
+        stop = min(start + piece, len(out))
+        for first in range(start, stop, _CHUNK):
+            part = slice(first, min(first + _CHUNK, stop))
+            write_steps(flat[part], out[part], grid)
+            np.add(out[part], 0.0, out=out[part])  # −0 + 0 is 0
+        each(start, out[start:stop])
+
+    threads: ChunkThreads[None] = ChunkThreads(lambda: None, chunk=piece)
+    threads.run(write_piece, len(flat), num_threads=torch.get_num_threads())
     return out

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee, PrivacyBudget, PrivacyUnit, Sensitivity
 from dp_flash_attention.core.validation import non_negative_int, positive_int
 from dp_flash_attention.noise import NoiseKey, SecretKey
+from dp_flash_attention.noise.chunk_threads import ChunkThreads
 from dp_flash_attention.noise.entropy import vouched_entropy
-from dp_flash_attention.noise.skellam import skellam
-from dp_flash_attention.quantum.exact_noise import noise_for
 from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.generator_strength import (
     generator_advantage,
@@ -22,13 +22,14 @@ from dp_flash_attention.quantum.generator_strength import (
     secret_bits,
     strength_assumptions,
 )
-from dp_flash_attention.quantum.grid import round_to_grid
+from dp_flash_attention.quantum.grid import OnGrid
 from dp_flash_attention.quantum.interface import Release, checked_request
-from dp_flash_attention.quantum.layered_plan import LayeredPlan, NoiseLaw, plan_layered
-from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, unpack
+from dp_flash_attention.quantum.layered_plan import LayeredPlan, NoiseLaw, plan_layered, share_noise
+from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector, unpack
 
 _CIPHER: Final = "aes-256-ctr"
 _KEY_BITS = 256
+_PIECE: Final = 1 << 16
 
 
 class LayeredNoise:
@@ -127,11 +128,9 @@ class LayeredNoise:
             )
         step = non_negative_int("step", step, remedy="Count releases from 0.")
         subkey = key.derive("quantum.layered_noise")
-        if plan.law == "skellam":
-            noise = skellam(plan.dimension, variance=plan.share_variance, key=subkey, step=step)
-        else:
-            noise = noise_for(plan.share_variance).draw(subkey, plan.dimension, step=step)
-        return round_to_grid(unpacked.vector, plan.grid) + noise
+        target = OnGrid(unpacked.flat, plan.grid, steps=True)
+        share_noise(plan.law, plan.share_variance).stream(subkey, plan.dimension, target, step=step)
+        return target.out
 
     def combine(
         self,
@@ -190,15 +189,13 @@ class LayeredNoise:
                 bound=f"at least the {plan.num_honest} whose noise the budget needs",
                 remedy="Repeat the round with the parties that are there, or plan with a smaller num_honest.",
             )
-        total = np.zeros(plan.dimension, dtype=np.int64)
         for message in messages.values():
-            if message.shape != total.shape or message.dtype != np.int64:
+            if message.shape != (plan.dimension,) or message.dtype != np.int64:
                 raise InvalidInputError(
                     "message", message.shape, bound=f"int64 [{plan.dimension}]", remedy="Use message()."
                 )
-            total += message
         return self._describe(
-            total.astype(np.float64) * plan.grid, plan, sensitivity, len(messages), key_bits, vouched
+            _summed(list(messages.values()), plan.grid), plan, sensitivity, len(messages), key_bits, vouched
         )
 
     def release(
@@ -306,3 +303,20 @@ class LayeredNoise:
                 plan.layer("the server and every other party collude: the party's own share is left", 1),
             ),
         )
+
+
+def _summed(messages: Sequence[Integers], grid: float) -> Vector:
+    """Returns the sum of whole-numbered rows times ``grid``, piece by piece, so that no sum leaves the cache."""
+    out = np.empty(messages[0].shape, dtype=np.float64)
+
+    def write_piece(total: Integers, start: int) -> None:
+        part = slice(start, start + _PIECE)
+        total = total[: len(out[part])]
+        np.copyto(total, messages[0][part])
+        for message in messages[1:]:
+            np.add(total, message[part], out=total)
+        np.multiply(total, grid, out=out[part], dtype=np.float64)
+
+    threads = ChunkThreads(lambda: np.empty(_PIECE, dtype=np.int64), chunk=_PIECE)
+    threads.run(write_piece, len(out), num_threads=torch.get_num_threads())
+    return out

@@ -18,10 +18,10 @@ from dp_flash_attention.accounting import (
 )
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import PrivacyBudget
-from dp_flash_attention.noise.skellam import skellam_table
-from dp_flash_attention.quantum.exact_noise import noise_for
+from dp_flash_attention.quantum.exact_noise import ExactNoise, noise_for, skellam_noise_for
 from dp_flash_attention.quantum.grid import checked_grid, default_grid, sensitivity_on_grid
 from dp_flash_attention.quantum.interface import DeltaParts, Layer
+from dp_flash_attention.quantum.values import MAX_MAGNITUDE
 
 NoiseLaw = Literal["skellam", "discrete_gaussian"]
 _VARIANCE_BITS = 16
@@ -112,7 +112,14 @@ def plan_layered(
     ideal = PrivacyBudget(epsilon=budget.epsilon, delta=(budget.delta - reserved) * _HEADROOM)
     total = _least_variance(law, ideal, moved, dimension, num_honest)
     share = _rounded_up(total / num_honest)
-    sampler = dimension * num_honest * _table_distance(law, share)
+    if 20.0 * math.sqrt(share) * num_parties > MAX_MAGNITUDE:
+        raise InvalidInputError(
+            "grid",
+            gamma,
+            bound=f"wide enough that the noise of {num_parties} parties fits 2^52 steps",
+            remedy="Use a wider grid.",
+        )
+    sampler = dimension * num_honest * share_noise(law, share).total_variation
     return LayeredPlan(
         law=law,
         num_parties=num_parties,
@@ -201,10 +208,15 @@ def _rho(law: NoiseLaw, share: float, shares: int, moved: float, dimension: int)
     return None
 
 
-def _table_distance(law: NoiseLaw, share: Fraction) -> float:
-    distance = skellam_table(share).total_variation if law == "skellam" else noise_for(share).total_variation
-    assert distance <= _MAX_DISTANCE, "both kinds of tables are finer than what plans reserve"
-    return distance
+def share_noise(law: NoiseLaw, variance: Fraction) -> ExactNoise:
+    """Returns what one party's share is drawn from.
+
+    Raises:
+        InvalidInputError: If the variance is out of range.
+    """
+    noise = skellam_noise_for(variance) if law == "skellam" else noise_for(variance)
+    assert noise.total_variation <= _MAX_DISTANCE, "both kinds of tables are finer than what plans reserve"
+    return noise
 
 
 def _rounded_up(variance: float) -> Fraction:

@@ -20,7 +20,7 @@ from dp_flash_attention.core.privacy import (
 from dp_flash_attention.core.validation import positive_finite
 from dp_flash_attention.noise import ExactCipher, NoiseKey, SecretKey
 from dp_flash_attention.noise.entropy import vouched_entropy
-from dp_flash_attention.quantum.exact_noise import noise_for
+from dp_flash_attention.quantum.exact_noise import ExactNoise, makes_layers, noise_for
 from dp_flash_attention.quantum.fresh_keys import fresh_subkey
 from dp_flash_attention.quantum.gaussian_plan import GaussianPlan, plan_gaussian
 from dp_flash_attention.quantum.generator_strength import (
@@ -32,7 +32,7 @@ from dp_flash_attention.quantum.generator_strength import (
     strength_assumptions,
     suitable_cipher,
 )
-from dp_flash_attention.quantum.grid import add_on_grid, round_to_grid
+from dp_flash_attention.quantum.grid import OnGrid, round_to_grid
 from dp_flash_attention.quantum.interface import Release, checked_request
 from dp_flash_attention.quantum.on_device import (
     add_on_device,
@@ -40,7 +40,7 @@ from dp_flash_attention.quantum.on_device import (
     projected_on_device,
     stays_on_device,
 )
-from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Integers, Vector, unpack
+from dp_flash_attention.quantum.values import MAX_MAGNITUDE, Vector, unpack
 
 _UNIT_ROUNDOFF = 2.0**-53
 _REACH = int(MAX_MAGNITUDE)
@@ -118,11 +118,6 @@ class PostQuantumGaussian:
         Raises:
             InvalidInputError: As ``release``.
         """
-        return self._plan(dimension, sensitivity, budget, whole=whole, layered=False)
-
-    def _plan(
-        self, dimension: int, sensitivity: Sensitivity, budget: PrivacyBudget, *, whole: bool, layered: bool
-    ) -> GaussianPlan:
         sensitivity, budget = checked_request(sensitivity, budget)
         bound = sensitivity.l2
         if self._clip is not None:
@@ -135,7 +130,7 @@ class PostQuantumGaussian:
             budget=budget,
             grid=self._grid,
             advantage=self._advantage(dimension),
-            layered=layered,
+            layered=makes_layers(self._cipher),
         )
 
     def release(self, value: Any, sensitivity: Sensitivity, budget: PrivacyBudget) -> Release:
@@ -159,19 +154,20 @@ class PostQuantumGaussian:
             dimension=unpacked.flat.size, sensitivity=sensitivity, budget=budget, whole=unpacked.whole
         )
         flat = unpacked.flat if self._clip is None else _projected(unpacked.vector, self._clip)
-        noisy = add_on_grid(flat, self._noise(plan), plan.grid)
-        return self._describe(unpacked.restore(noisy), plan, sensitivity.neighboring_relation)
+        noisy = OnGrid(flat, plan.grid)
+        self._add_noise(noisy, plan)
+        return self._describe(unpacked.restore(noisy.out), plan, sensitivity.neighboring_relation)
 
     def _release_on_device(
         self, value: torch.Tensor, sensitivity: Sensitivity, budget: PrivacyBudget
     ) -> Release:
         found = checked_on_device(value)
         whole = not found.is_floating_point()
-        plan = self._plan(found.numel(), sensitivity, budget, whole=whole, layered=True)
+        plan = self.plan(dimension=found.numel(), sensitivity=sensitivity, budget=budget, whole=whole)
         if self._clip is not None:
             found = projected_on_device(found, self._clip)
         step, key = self._next()
-        generator = noise_for(plan.variance, layered=True).generator(key, cipher=self._cipher)
+        generator = self._sampler(plan).generator(key, cipher=self._cipher)
         noisy = add_on_device(found, generator, plan.grid, step=step, dtype=value.dtype)
         return self._describe(noisy, plan, sensitivity.neighboring_relation)
 
@@ -220,13 +216,16 @@ class PostQuantumGaussian:
             budget=checked_request(bound, budget)[1],
             grid=self._grid,
             advantage=self._advantage(matrix.shape[1]),
+            layered=makes_layers(self._cipher),
         )
         total = np.zeros(matrix.shape[1], dtype=np.int64)
         for row in matrix:
             total += round_to_grid(_projected(row, clip), plan.grid)
             # Saturating after each row moves no two sums further apart, and nothing overflows.
             np.clip(total, -_REACH, _REACH, out=total)
-        noisy = add_on_grid(total, self._noise(plan), 1.0).astype(np.float64) * plan.grid
+        steps = OnGrid(total, 1.0)
+        self._add_noise(steps, plan)
+        noisy = steps.out.astype(np.float64) * plan.grid
         # A row's kind, shape and dtype, without its numbers.
         like = (
             rows.new_zeros(shape[1])
@@ -235,9 +234,12 @@ class PostQuantumGaussian:
         )
         return self._describe(unpack(like).restore(noisy), plan, neighboring_relation)
 
-    def _noise(self, plan: GaussianPlan) -> Integers:
+    def _add_noise(self, target: OnGrid, plan: GaussianPlan) -> None:
         step, key = self._next()
-        return noise_for(plan.variance).draw(key, plan.dimension, step=step, cipher=self._cipher)
+        self._sampler(plan).stream(key, plan.dimension, target, step=step, cipher=self._cipher)
+
+    def _sampler(self, plan: GaussianPlan) -> ExactNoise:
+        return noise_for(plan.variance, layered=makes_layers(self._cipher))
 
     def _next(self) -> tuple[int, NoiseKey]:
         """Returns a step and a key that no other release has."""

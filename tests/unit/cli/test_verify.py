@@ -17,6 +17,7 @@ from dp_flash_attention.noise import (
     secure,
 )
 from dp_flash_attention.noise.discrete_gaussian_scan import TableScan
+from dp_flash_attention.noise.wide_sampler import WideSampler
 from dp_flash_attention.quantum.checks import statistics, timing
 
 
@@ -50,6 +51,8 @@ def test_statistics_and_timing_can_be_printed_as_json(monkeypatch, capsys):
     monkeypatch.setattr(statistics, "_NUM", 100_000)
     monkeypatch.setattr(timing, "_CALLS", 200)
     monkeypatch.setattr(timing, "_CONTROL_CALLS", 200)
+    monkeypatch.setattr(timing, "_WIDE_CALLS", 200)
+    monkeypatch.setattr(timing, "_PLANTED_CALLS", 200)
     assert run("--json", *only("statistics", "timing")) in (0, 1)
     found = json.loads(capsys.readouterr().out)
     assert {check["name"].partition(":")[0] for check in found["checks"]} == {"statistics", "timing"}
@@ -121,6 +124,23 @@ def timing_leak(monkeypatch):
 
     monkeypatch.setattr(DiscreteGaussianGenerator, "fill_", leaking)
     monkeypatch.setattr(timing, "_CALLS", 500)
+    monkeypatch.setattr(timing, "_WIDE_CALLS", 200)
+    monkeypatch.setattr(timing, "_PLANTED_CALLS", 200)
+
+
+def wide_timing_leak(monkeypatch):
+    numbers = WideSampler._numbers
+
+    def leaking(self, worker, source, index, num):
+        drawn = numbers(self, worker, source, index, num)
+        until = time.perf_counter_ns() + abs(int(drawn[0])) // 2
+        while time.perf_counter_ns() < until:
+            pass
+        return drawn
+
+    monkeypatch.setattr(WideSampler, "_numbers", leaking)
+    monkeypatch.setattr(timing, "_CALLS", 500)
+    monkeypatch.setattr(timing, "_WIDE_CALLS", 400)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +152,9 @@ def timing_leak(monkeypatch):
         (reused_nonce, "ciphers", "no position repeats"),
         (stuck_entropy, "entropy", "source 'os'"),
         (shared_sign_bit, "statistics", "signs of neighbours"),
-        (timing_leak, "timing", "time against magnitude"),
+        (timing_leak, "timing", "σ = 4: time against magnitude"),
+        (wide_timing_leak, "timing", "wide Gaussian: time against magnitude"),
+        (wide_timing_leak, "timing", "wide Skellam: time against magnitude"),
     ],
 )
 def test_a_fault_in_the_library_ends_in_exit_code_1(monkeypatch, capsys, plant, subject, row):

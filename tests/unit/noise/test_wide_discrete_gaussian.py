@@ -1,5 +1,6 @@
 """Wide noise: its law, its layout, its exact coin. Fixed keys; each test's false-alarm rate is 1e-4 over keys."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -10,8 +11,10 @@ from scipy import stats
 
 from dp_flash_attention.core.errors import InvalidInputError, NoiseUnavailableError
 from dp_flash_attention.noise import TestKey
-from dp_flash_attention.noise import wide_discrete_gaussian as module
+from dp_flash_attention.noise import wide_sampler as module
+from dp_flash_attention.noise.discrete_gaussian_scan import TILE
 from dp_flash_attention.noise.wide_discrete_gaussian import CHUNK, WideDiscreteGaussian
+from dp_flash_attention.noise.wide_sampler import WideSampler
 
 ALARM = 1e-4
 KEY = TestKey("wide")
@@ -102,6 +105,8 @@ def test_a_longer_draw_begins_with_a_shorter_one_and_positions_differ(cipher):
     ]
     assert len({other.tobytes() for other in others}) == len(others)
     assert draw(0).shape == (0,)
+    for num in (1, TILE, TILE + 1, CHUNK - 1, CHUNK):  # each reads another part of the chunk
+        assert np.array_equal(long[:num], draw(num))
 
 
 def test_two_variances_share_no_bits():
@@ -112,20 +117,20 @@ def test_two_variances_share_no_bits():
 
 def test_the_exact_coin_decides_as_the_fast_one_and_is_reached(monkeypatch):
     noise = WideDiscreteGaussian(Fraction(10**7) + Fraction(1, 3))
-    fast = noise.draw(KEY, 300, step=4)
+    fast = noise.draw(KEY, 110_000, step=4)
     calls = {"_close_coin": 0, "_exact_coin": 0}
     for name in calls:
-        coin = getattr(WideDiscreteGaussian, name)
+        coin = getattr(WideSampler, name)
 
         def counted(*arguments, name=name, coin=coin):
             calls[name] += 1
             return coin(*arguments)
 
-        monkeypatch.setattr(WideDiscreteGaussian, name, counted)
+        monkeypatch.setattr(WideSampler, name, counted)
     # One proposal in a hundred goes further, to the double and to the digits.
     monkeypatch.setattr(module, "_CLOSE_FLOAT32", 0.005)
     monkeypatch.setattr(module, "_CLOSE", 0.0025)
-    assert np.array_equal(noise.draw(KEY, 300, step=4), fast)
+    assert np.array_equal(noise.draw(KEY, 110_000, step=4), fast)
     assert calls["_close_coin"] > 1000
     assert 400 < calls["_exact_coin"] < calls["_close_coin"]
 
@@ -149,16 +154,20 @@ def test_words_of_both_sizes_make_the_law(stddev):
     assert noise.largest < 2**63
 
 
-def test_a_coin_that_always_accepts_would_be_noticed(monkeypatch):
+def _with_coin(noise, half_inverse):
+    noise._sampler._law = dataclasses.replace(noise._sampler._law, half_inverse=half_inverse)
+
+
+def test_a_coin_that_always_accepts_would_be_noticed():
     noise = WideDiscreteGaussian(NARROWEST)
-    monkeypatch.setattr(noise, "_half_inverse", 0.0)
+    _with_coin(noise, 0.0)
     values = noise.draw(KEY, 400_000, step=5) / 64.0
     assert abs(np.mean(values**2) - 1.0) / math.sqrt(2 / len(values)) > 10
 
 
-def test_a_chunk_that_runs_short_releases_nothing(monkeypatch):
+def test_a_chunk_that_runs_short_releases_nothing():
     noise = WideDiscreteGaussian(NARROWEST)
-    monkeypatch.setattr(noise, "_half_inverse", 1.0)
+    _with_coin(noise, 1.0)
     with pytest.raises(NoiseUnavailableError, match="proposals"):
         noise.draw(KEY, CHUNK, step=6)
 

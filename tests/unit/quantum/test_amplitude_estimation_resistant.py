@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from dp_flash_attention.core.errors import BudgetExhaustedError, InvalidInputError, NoiseReuseError
@@ -133,6 +134,54 @@ def test_changed_data_under_one_version_are_refused_and_after_a_restart_share_no
         ask(fresh(), query=i, value=43.0) - ask(fresh(), query=i, value=40.0) == 3.0 for i in range(40)
     )
     assert same < 4
+
+
+def test_noise_that_ignores_the_value_would_show_the_difference(monkeypatch):
+    """After a restart with a charge book that forgets, one noise under two values is their exact difference."""
+    value = np.zeros(1000)
+    noise_key = AmplitudeEstimationResistant._noise_key
+    careful = ask_many(value) - ask_many(value + 3.0)
+    assert np.count_nonzero(careful == -3.0) < 100
+    monkeypatch.setattr(
+        AmplitudeEstimationResistant,
+        "_noise_key",
+        lambda self, label, commitment: noise_key(self, label, b""),
+    )
+    assert np.count_nonzero(ask_many(value) - ask_many(value + 3.0) == -3.0) == 1000
+
+
+def ask_many(value):
+    return (
+        fresh(grid=0.5)
+        .answer(
+            "q",
+            lambda: value,
+            sensitivity=Sensitivity(l2=30.0, neighboring_relation=ONE.neighboring_relation),
+            budget=PRICE,
+            dimension=len(value),
+        )
+        .value
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.int32])
+def test_an_answer_is_the_rounded_value_and_noise_whatever_the_number_of_threads(dtype, rng):
+    """Longer than a piece, so that pieces of both digests and of the noise meet in the middle."""
+    value = (1000 * rng.normal(size=140_001)).astype(dtype)
+    moved = Sensitivity(l2=1000.0, neighboring_relation=ONE.neighboring_relation)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(fresh().release(value, moved, PRICE, query="long"))
+    torch.set_num_threads(before)
+    assert np.array_equal(found[0].value, found[1].value)
+    assert found[0].value.dtype == dtype
+    steps = found[0].value.astype(float) / found[0].grid
+    noise = found[0].value.astype(float) - value
+    bound = stats.norm.isf(1e-4 / 2)
+    assert abs(np.mean((noise / found[0].noise_stddev) ** 2) - 1) / math.sqrt(2 / len(value)) < bound
+    assert np.array_equal(steps, np.rint(steps)) or dtype is np.float32
 
 
 def test_nothing_is_computed_once_the_budget_is_gone():

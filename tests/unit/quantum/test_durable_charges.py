@@ -327,8 +327,12 @@ def test_after_a_restart_changed_data_are_not_answered_for_nothing(path):
 def test_after_a_restart_other_noise_for_the_same_data_is_not_released_either(path, monkeypatch):
     """As from a version of the library with another sampler."""
     ask(memoised(path), "q")
-    noise = AmplitudeEstimationResistant._noise
-    monkeypatch.setattr(AmplitudeEstimationResistant, "_noise", lambda *a: noise(*a) + 1)
+    add_noise = AmplitudeEstimationResistant._add_noise
+
+    def one_more(self, key, plan, finish):
+        add_noise(self, key, plan, lambda start, noise: finish(start, noise + 1))
+
+    monkeypatch.setattr(AmplitudeEstimationResistant, "_add_noise", one_more)
     with pytest.raises(NoiseReuseError, match="raise the epoch"):
         ask(memoised(path), "q")
 

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.quantum.grid import (
-    add_on_grid,
+    OnGrid,
     checked_grid,
     default_grid,
     round_to_grid,
+    rounded_steps,
     sensitivity_on_grid,
 )
 
@@ -71,6 +72,13 @@ def test_a_grid_that_drowns_the_sensitivity_is_refused():
         checked_grid(0.25, 1.0, 64, whole=False)
 
 
+def _added(flat, noise, grid, **options):
+    """All of the noise as one piece."""
+    target = OnGrid(flat, grid, **options)
+    target(0, noise)
+    return target.out
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
 def test_adding_on_the_grid_is_rounding_adding_and_scaling(dtype, rng):
     num, grid = 70_001, 0.25
@@ -80,10 +88,10 @@ def test_adding_on_the_grid_is_rounding_adding_and_scaling(dtype, rng):
         np.float32 if dtype is np.float32 else float
     )
     kept = flat.copy()
-    assert np.array_equal(add_on_grid(flat, noise.copy(), grid), expected)
+    assert np.array_equal(_added(flat, noise.copy(), grid), expected)
     assert np.array_equal(flat, kept)
     if dtype is np.int64:
-        assert np.array_equal(add_on_grid(flat, noise.copy(), 1.0), flat + noise)
+        assert np.array_equal(_added(flat, noise.copy(), 1.0), flat + noise)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -92,14 +100,14 @@ def test_beyond_the_grid_numbers_saturate_and_nan_counts_as_0(dtype):
     assert round_to_grid(flat.astype(float), 2.0**-40).tolist() == [2**40, 2**52, -(2**52), 0]
     noise = np.array([1, -1, 2, 3])
     steps = np.array([2**40 + 1, 2**52 - 1, 2 - 2**52, 3])
-    assert np.array_equal(add_on_grid(flat, noise, 2.0**-40), (steps * 2.0**-40).astype(dtype))
+    assert np.array_equal(_added(flat, noise, 2.0**-40), (steps * 2.0**-40).astype(dtype))
 
 
 @pytest.mark.parametrize(("grid", "reach"), [(1.0, 2**52), (2.0, 2**52), (0.5, 2**51)])
 def test_whole_numbers_saturate_before_doubles_lose_them(grid, reach):
     flat = np.array([2**62, -(2**63), 4])
     noise = np.array([0, 0, 0])
-    assert add_on_grid(flat, noise, grid).tolist() == [reach, -reach, 4]
+    assert _added(flat, noise, grid).tolist() == [reach, -reach, 4]
 
 
 def test_two_huge_neighbours_are_no_further_apart_on_the_grid():
@@ -111,5 +119,43 @@ def test_two_huge_neighbours_are_no_further_apart_on_the_grid():
 
 def test_an_overflow_in_the_last_rounding_is_silent():
     """Under errors for warnings, a warning that depends on the value would be one more output."""
-    found = add_on_grid(np.array([3e38], dtype=np.float32), np.array([2**52]), 2.0**100)
+    found = _added(np.array([3e38], dtype=np.float32), np.array([2**52]), 2.0**100)
     assert found.tolist() == [math.inf]
+
+
+@pytest.mark.parametrize("word", [np.int32, np.int64])
+def test_pieces_in_any_order_make_the_same_as_one(word, rng):
+    num = 100_000
+    flat = rng.normal(0, 100, num).astype(np.float32)
+    noise = rng.integers(-1000, 1000, num).astype(word)
+    whole = _added(flat, noise.copy(), 0.25)
+    target = OnGrid(flat, 0.25)
+    for start in (70_000, 0, 50_000):
+        stop = {0: 50_000, 50_000: 70_000, 70_000: num}[start]
+        target(start, noise[start:stop].copy())
+    assert np.array_equal(target.out, whole)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_steps_are_what_is_scaled_back(dtype, rng):
+    flat = rng.normal(0, 100, 1000).astype(dtype)
+    noise = rng.integers(-1000, 1000, 1000)
+    for grid in (0.25, 1.0, 4.0):
+        steps = _added(flat, noise.copy(), grid, steps=True)
+        assert steps.dtype == np.int64
+        assert np.array_equal(steps, round_to_grid(flat.astype(float), grid) + noise)
+
+
+def test_sums_at_the_end_of_the_range_are_exact():
+    flat, noise = np.array([2.0**52, -(2.0**52), 2.0**60]), np.array([2**52 - 1, 1 - 2**52, 2**52])
+    assert _added(flat, noise, 1.0, steps=True).tolist() == [2**53 - 1, 1 - 2**53, 2**53]
+
+
+def test_rounded_steps_are_handed_over_piece_by_piece_and_have_one_zero(rng):
+    flat = np.concatenate([[-0.2, 0.2, np.nan, np.inf], rng.normal(0, 100, 100_000)])
+    pieces = {}
+    found = rounded_steps(flat, 1.0, lambda start, part: pieces.update({start: part.copy()}), piece=40_000)
+    assert np.array_equal(found, round_to_grid(flat, 1.0))
+    assert not np.signbit(found[found == 0]).any()
+    assert sorted(pieces) == [0, 40_000, 80_000]
+    assert np.array_equal(np.concatenate([pieces[start] for start in sorted(pieces)]), found)

@@ -186,3 +186,29 @@ def test_keys_weaker_than_delta_counts_on_release_nothing():
         with pytest.raises(InvalidInputError, match="delta counts on"):
             noise.combine(sent, plan, ONE, key_bits=bits)
     assert noise.combine(sent, plan, ONE, key_bits=512).quantum_security_bits == 128
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_wide_shares_have_the_planned_scale_too(law):
+    """The default grid of many numbers: shares of 10^5 steps and more."""
+    noise = parties(law, grid=2.0**-17)
+    plan = noise.plan(dimension=20_000, sensitivity=ONE, budget=BUDGET)
+    assert plan.share_variance > 2**28
+    honest = sum(messages(noise, plan, range(H)).values()) * plan.grid
+    whole = plan.layer("x", H).noise_stddev
+    assert abs(score(honest, whole)) < BOUND
+    assert score(0.9 * honest, whole) < -BOUND
+    assert 0 < plan.delta.sampler < 1e-25
+
+
+def test_a_grid_whose_noise_leaves_the_range_is_refused():
+    with pytest.raises(InvalidInputError, match="grid"):
+        parties("skellam", grid=2.0**-48).plan(dimension=1, sensitivity=ONE, budget=BUDGET)
+
+
+def test_a_sum_of_many_pieces_is_the_sum(rng):
+    noise = parties("skellam", grid=2.0**-12)
+    plan = noise.plan(dimension=140_001, sensitivity=ONE, budget=BUDGET)
+    sent = {party: rng.integers(-(2**40), 2**40, plan.dimension) for party in range(N)}
+    found = noise.combine(sent, plan, ONE, key_bits=256).value
+    assert np.array_equal(found, sum(sent.values()) * plan.grid)

@@ -36,14 +36,22 @@ def test_the_noise_has_the_stated_scale():
     assert abs(variance_score(mechanism().release(np.zeros(NUM), ONE, BUDGET))) < BOUND
 
 
+def with_noise(monkeypatch, change):
+    stream = ExactNoise.stream
+
+    def changed(self, key, num, consume, **settings):
+        stream(self, key, num, lambda start, noise: consume(start, change(noise)), **settings)
+
+    monkeypatch.setattr(ExactNoise, "stream", changed)
+
+
 def test_noise_twice_too_small_is_noticed(monkeypatch):
-    draw = ExactNoise.draw
-    monkeypatch.setattr(ExactNoise, "draw", lambda *a, **k: draw(*a, **k) // 2)
+    with_noise(monkeypatch, lambda noise: noise // 2)
     assert variance_score(mechanism().release(np.zeros(NUM), ONE, BUDGET)) < -BOUND
 
 
 def test_no_noise_is_noticed(monkeypatch):
-    monkeypatch.setattr(ExactNoise, "draw", lambda self, key, num, **_: np.zeros(num, dtype=np.int64))
+    with_noise(monkeypatch, lambda noise: 0 * noise)
     assert variance_score(mechanism().release(np.zeros(NUM), ONE, BUDGET)) < -BOUND
 
 

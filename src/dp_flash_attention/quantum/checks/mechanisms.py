@@ -171,7 +171,7 @@ def broken_records() -> Iterator[Evidence]:
 
 
 def noise_scale(num: int) -> Iterator[Evidence]:
-    """Yields the standard score of the variance of released zeros, for whole numbers and for a fine grid."""
+    """Yields the variance of released zeros, for whole numbers and for a fine grid."""
     for label, value in (("whole numbers", np.zeros(num, dtype=np.int64)), ("fine grid", np.zeros(num))):
         found = PostQuantumGaussian().release(value, sensitivity(64.0), _BUDGET)
         yield scale_row(f"PostQuantumGaussian: noise, {label}", np.asarray(found.value), found.noise_stddev)

@@ -12,7 +12,7 @@ def failing(check, *arguments):
 def test_every_check_holds_and_shows_something():
     results = list(run_checks(laws.laws_checks()))
     assert [row for result in results for row in result.rows if not row.holds] == []
-    assert [len(result.rows) for result in results] == [2, 4, 3]
+    assert [len(result.rows) for result in results] == [2, 2, 4, 3]
 
 
 def test_a_table_of_the_wrong_side_fails(monkeypatch):
@@ -23,6 +23,31 @@ def test_a_table_of_the_wrong_side_fails(monkeypatch):
     # The two-sided table: zero half as likely as it has to be.
     monkeypatch.setattr(wide_discrete_gaussian, "_one_sided", lambda table: (table, Fraction(0)))
     assert "wide noise, σ = 64: distance" in failing(laws.wide_law)
+
+
+def test_a_coin_of_another_law_fails(monkeypatch):
+    from decimal import Decimal
+
+    from dp_flash_attention.noise.wide_skellam import WideSkellam
+
+    true = WideSkellam.acceptance
+    monkeypatch.setattr(
+        WideSkellam, "acceptance", lambda self, scaled, low: true(self, scaled, low) * Decimal("1.000000001")
+    )
+    assert failing(laws.wide_skellam) == ["wide Skellam, μ = 2^28: table and coin"]
+
+
+def test_the_gaussian_in_place_of_skellam_s_law_fails(monkeypatch):
+    """They differ by 1/μ, here 4e-9: the row's bound is finer."""
+    from decimal import Decimal
+
+    from dp_flash_attention.noise.wide_skellam import SkellamLaw
+
+    def gaussian(self, y):
+        return (-Decimal(y * y) / 2**29).exp()
+
+    monkeypatch.setattr(SkellamLaw, "probability", gaussian)
+    assert failing(laws.wide_skellam) == ["wide Skellam, μ = 2^28: table and coin"]
 
 
 def test_shares_of_one_nth_fail(monkeypatch):
@@ -44,9 +69,16 @@ def test_shares_of_one_nth_fail(monkeypatch):
 
 
 def test_less_noise_than_planned_fails(monkeypatch):
-    draw = exact_noise.ExactNoise.draw
-    monkeypatch.setattr(exact_noise.ExactNoise, "draw", lambda *a, **k: draw(*a, **k) // 2)
-    assert failing(laws.layered, 20_000) == ["LayeredNoise: 4 honest of 6, discrete gaussian"]
+    stream = exact_noise.ExactNoise.stream
+
+    def half(self, key, num, consume, **settings):
+        stream(self, key, num, lambda start, noise: consume(start, noise // 2), **settings)
+
+    monkeypatch.setattr(exact_noise.ExactNoise, "stream", half)
+    assert failing(laws.layered, 20_000) == [
+        "LayeredNoise: 4 honest of 6, skellam",
+        "LayeredNoise: 4 honest of 6, discrete gaussian",
+    ]
 
 
 def test_another_skellam_table_another_bound_and_another_tau_fail(monkeypatch):

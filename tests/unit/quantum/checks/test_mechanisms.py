@@ -71,12 +71,15 @@ def test_broken_records_that_pass_or_raise_fail(monkeypatch, broken):
 
 @pytest.mark.parametrize("wrong", [0, 0.5, 0.9, 1.1])
 def test_noise_of_another_scale_fails(monkeypatch, wrong):
-    draw = exact_noise.ExactNoise.draw
-    monkeypatch.setattr(
-        exact_noise.ExactNoise,
-        "draw",
-        lambda *a, **k: np.rint(wrong * draw(*a, **k)).astype(np.int64),
-    )
+    stream = exact_noise.ExactNoise.stream
+
+    def scaled(self, key, num, consume, **settings):
+        def careless(start, noise):
+            consume(start, np.rint(wrong * noise).astype(np.int64))
+
+        stream(self, key, num, careless, **settings)
+
+    monkeypatch.setattr(exact_noise.ExactNoise, "stream", scaled)
     assert len(failing(mechanisms.noise_scale, 20_000)) == 2
 
 
@@ -107,12 +110,12 @@ def test_a_memo_that_ignores_the_epoch_fails(monkeypatch):
 
 
 def test_noise_that_is_not_memoised_fails(monkeypatch):
-    noise = AmplitudeEstimationResistant._noise
+    noise_key = AmplitudeEstimationResistant._noise_key
 
-    def fresh(self, label, commitment, plan):
-        return noise(self, mechanisms.SecretKey.from_os().export(), commitment, plan)
+    def fresh(self, label, commitment):
+        return noise_key(self, mechanisms.SecretKey.from_os().export(), commitment)
 
-    monkeypatch.setattr(AmplitudeEstimationResistant, "_noise", fresh)
+    monkeypatch.setattr(AmplitudeEstimationResistant, "_noise_key", fresh)
     # The charge book would refuse the second answer; without it, the check sees two.
     monkeypatch.setattr(AmplitudeEstimationResistant, "_bind", lambda *a: None)
     assert "AmplitudeEstimationResistant: repeats" in failing(mechanisms.memo)
