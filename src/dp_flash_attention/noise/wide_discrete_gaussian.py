@@ -139,7 +139,14 @@ class WideDiscreteGaussian:
         self._threads = ChunkThreads(lambda: _Worker(self.table, dtype), chunk=CHUNK)
 
     def draw(
-        self, key: NoiseKey, num: int, *, step: int, stream: int = 0, cipher: ExactCipher = "aes-256-ctr"
+        self,
+        key: NoiseKey,
+        num: int,
+        *,
+        step: int,
+        stream: int = 0,
+        first: int = 0,
+        cipher: ExactCipher = "aes-256-ctr",
     ) -> Integers:
         """Returns ``num`` independent samples, int64. A larger ``num`` begins with the samples of a smaller one.
 
@@ -148,26 +155,30 @@ class WideDiscreteGaussian:
             num: How many.
             step: A triple (key, step, stream) is for one release only.
             stream: As ``step``.
+            first: Number of the first sample: samples f … f + n − 1 are those that f + n samples end with. Samples are made in
+                chunks of ``CHUNK``, so that runs which begin and end at its multiples waste nothing.
             cipher: As in ``DiscreteGaussianGenerator``.
 
         Raises:
             InvalidInputError: If an argument is out of range.
             NoiseUnavailableError: If the cipher cannot be used.
         """
-        count = checked_count("num", num)
+        count, start_at = checked_count("num", num), checked_count("first", first)
+        checked_count("first + num", start_at + count)
         step, stream = checked_position(step, stream)
         own = key.derive(f"noise.wide-discrete-gaussian.v2:{self.variance}")
         keystream: Keystream = ShakeKeystream(own) if cipher == "shake256" else CipherKeystream(own, cipher)
         source = keystream.at(step=step, stream=stream)
-        out = np.empty(count, dtype=np.int64)
+        before, skipped = divmod(start_at, CHUNK)
+        out = np.empty(skipped + count, dtype=np.int64)
 
         def write_chunk(worker: _Worker, start: int) -> None:
             part = out[start : start + CHUNK]
-            self._fill(worker, source, start // CHUNK, part)
+            self._fill(worker, source, before + start // CHUNK, part)
 
         if count:
-            self._threads.run(write_chunk, count, num_threads=torch.get_num_threads())
-        return out
+            self._threads.run(write_chunk, len(out), num_threads=torch.get_num_threads())
+        return out[skipped:]
 
     def _fill(self, worker: _Worker, source: Stream, index: int, out: Integers) -> None:
         """Writes the first accepted samples of one chunk's proposals."""
