@@ -29,8 +29,12 @@ def kernel_key(noise: NoiseStream) -> KernelKey:
     """Returns the key of a call's noise.
 
     Raises:
-        NoiseUnavailableError: If no kernel makes the numbers of its cipher.
+        NoiseUnavailableError: If no kernel makes the numbers of its cipher, or of its kind.
     """
+    if noise.name == "exact":
+        raise NoiseUnavailableError(
+            "The attention kernel adds normals, and noise 'exact' is whole numbers on a grid. Use back end 'auto'."
+        )
     if noise.name == "fast":
         return FastNormalGenerator(noise.key).kernel_key(noise.call_id)
     return SecureNormalGenerator(noise.key, cipher=noise.cipher).kernel_key(noise.call_id)
