@@ -52,7 +52,8 @@ def near_gdp_delta(*, mu: float, distance: float, epsilon: float) -> float:
         True
     """
     added = distance_delta(distance=distance, epsilon=epsilon)
-    return min(1.0, (gdp_delta(mu=mu, epsilon=epsilon) + added) * (_UPWARD if added else 1.0))
+    ideal = gdp_delta(mu=mu, epsilon=epsilon)
+    return min(1.0, math.nextafter(ideal + added, math.inf)) if added > 0.0 else ideal
 
 
 def near_gdp_epsilon(*, mu: float, distance: float, delta: float) -> float:
@@ -109,7 +110,10 @@ def less_distance(budget: PrivacyBudget, *, distance: float, largest_share: floa
             f"epsilon {budget.epsilon:g}",
             remedy="Raise delta, lower epsilon, or use noise 'secure'.",
         )
-    return PrivacyBudget(epsilon=budget.epsilon, delta=budget.delta - cost)
+    if cost == 0.0:
+        return budget
+    # Rounded down by two units, so that the sum of both, rounded up, is at most the budget's δ.
+    return PrivacyBudget(epsilon=budget.epsilon, delta=(budget.delta - cost) * (1.0 - 2.0**-51))
 
 
 def _non_negative(name: str, value: object, *, remedy: str) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dp_flash_attention.attention.interface import PASS_ROWS, AttentionCall, NoiseStream
 from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
 from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
+from dp_flash_attention.core.errors import NoiseUnavailableError
 from dp_flash_attention.noise import FastNormalGenerator, SecureNormalGenerator
 from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels.writer import refuse_graph_capture
