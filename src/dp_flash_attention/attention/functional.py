@@ -78,7 +78,7 @@ def dp_flash_attention(
         key: [B, G, K, D], H a multiple of G (with ``enable_gqa``); private.
         value: [B, G, K, E]; private.
         bounds: The public promises about the context.
-        noise: Key and call numbers; the same object for every call on one key.
+        noise: Key, kind of noise and call numbers; the same object for every call on one key.
         budget: (ε, δ) of this call, or
         mu: its μ in Gaussian DP. Exactly one of the two.
         privacy_filter: A budget over many calls (``accounting.GaussianFilter``) that the call's μ is spent from. With noise

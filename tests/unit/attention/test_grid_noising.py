@@ -152,6 +152,11 @@ def test_the_grid_does_not_depend_on_the_rows():
         room.add_on_grid_into(out, torch.randn(2, 4, 6, 8) * scale, plan.stddev, stream)
         integers(out, plan)
     assert seen[0] == seen[1] == seen[2]
+    # A grid that were scaled to the answers would be seen.
+    exact = torch.randn(2, 4, 6, 8)
+    room.add_on_grid_into(out, exact, plan.stddev * exact.abs().max(), stream)
+    with pytest.raises(AssertionError):
+        integers(out, plan)
 
 
 def released_integers(source, *, batch=2, heads=3, queries=40, width=8):
