@@ -30,7 +30,8 @@ _EXACT_ASSUMED = (
     "comes or goes, as sums of real numbers do. The rounding of the matrix products that make them is not bounded: the rows of "
     "one record may cancel, so it is not relative to the clip norm. From the grid on nothing is assumed of arithmetic.",
     "The generator's advantage in delta: no attack on AES-256 beats key search with 2^64 sequential Grover iterations.",
-    "The evaluation's noise, if there is one, is 'secure': float64 rounding of its few sums is not part of the analysis.",
+    "The evaluation, if there is one: a record's scores do not depend on the records that share its batch, as if products of "
+    "matrices were not rounded. Its sums are exact, and from there on nothing is assumed of arithmetic.",
 )
 _NOT_COVERED = (
     "diagnostics/ (losses, norms, sampled sizes, exact scores): private data.",

@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.training.evaluation.terms import ReleaseTerms, evaluation_guarantee, release
+from dp_flash_attention.training.finite_precision import TrainingNoise
 from dp_flash_attention.training.losses import IGNORE_INDEX
 
 _L2_SENSITIVITY = math.sqrt(2.0)
+_STEPS = 2.0**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class LanguageModelEvaluation:
         max_tokens: Most predicted tokens of a record; public.
         loss_sum: Noisy sum of token losses over ``loss_bound`` · ``max_tokens``.
         token_sum: Noisy number of tokens over ``max_tokens``.
+        noise: Kind of the noise.
     """
 
     epsilon: float
@@ -39,6 +42,7 @@ class LanguageModelEvaluation:
     max_tokens: int
     loss_sum: float
     token_sum: float
+    noise: TrainingNoise = "secure"
 
     kind: ClassVar[str] = "next token"
 
@@ -94,7 +98,13 @@ class LanguageModelEvaluation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelEvaluation:
         """Reads what ``to_dict`` wrote; the figures are computed anew."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(
+            **{
+                field.name: values[field.name]
+                for field in fields(cls)
+                if field.name != "noise" or "noise" in values
+            }
+        )
 
 
 def evaluate_language_model(
@@ -128,12 +138,14 @@ def evaluate_language_model(
             bound=f"in [0, {loss_bound * max_tokens:g}] over at most {max_tokens} tokens",
             remedy="Cut token losses off at loss_bound; if training diverged, lower the learning rate.",
         )
-    sums = shares.clamp(max=1.0).sum(dim=1)
+    # Whole multiples of 2^-20: in float64 their sums, of up to 2^32 records, have no rounding that another record could change.
+    sums = shares.clamp(max=1.0).mul_(_STEPS).round_().sum(dim=1) / _STEPS
     noise_stddev = release(sums, l2_sensitivity=_L2_SENSITIVITY, terms=terms)
     return LanguageModelEvaluation(
         epsilon=float(terms.epsilon),
         delta=float(terms.delta),
         noise_stddev=noise_stddev,
+        noise=terms.noise,
         loss_bound=float(loss_bound),
         max_tokens=max_tokens,
         loss_sum=float(sums[0]),
