@@ -81,7 +81,8 @@ class NoiseStream:
     whole tiles.
 
     With ``"exact"``, element (b, h, t, e) gets whole number ``((b·H + h)·Q + t)·E + e`` of position (key, step =
-    ``call_id``, stream = 0) of ``noise.RoundedGaussian`` with a standard deviation of ``steps``.
+    ``call_id``, stream = 0) of ``noise.rounded_gaussian.RoundedGaussian`` with standard
+    deviation ``steps``.
 
     Attributes:
         key: Secret of the caller; a generator derives its own subkey from it (``noise.secure``, ``noise.fast``).
