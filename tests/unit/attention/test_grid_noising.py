@@ -126,6 +126,28 @@ def test_what_is_written_is_whole_steps_of_the_grid_and_exactly_rounded():
         assert torch.equal(narrow, wide.to(dtype))
 
 
+def test_halves_and_answers_beyond_the_grid():
+    plan = plan_of(rows())
+    grid = (plan.stddev.double() / plan.precision.steps).unsqueeze(-1)
+    stream = replace(noise().claim(), steps=plan.precision.steps)
+    found = []
+    for steps in (0.0, 0.5, -0.5, 1.5, 2.0**46, 2.0**46 + 2.0**20, -math.inf, -(2.0**46)):
+        out = torch.empty(2, 4, 6, 8, dtype=torch.float64)
+        room.add_on_grid_into(out, (steps * grid).expand(out.shape), plan.stddev, stream)
+        found.append((out / grid).round())
+    drawn = found[0]
+    assert [float((each - drawn).unique()) for each in found] == [
+        0,
+        0,
+        0,
+        2,
+        2**46,
+        2**46,
+        -(2**46),
+        -(2**46),
+    ]
+
+
 def test_answers_that_round_alike_cannot_be_told_apart():
     """Every bit of the output is a function of whole numbers: with float noise the low bits show the exact answer."""
     plan = plan_of(rows())
