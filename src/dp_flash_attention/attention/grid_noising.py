@@ -15,8 +15,8 @@ from dp_flash_attention.attention.interface import NoiseStream
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.noise.wide_discrete_gaussian import CHUNK
 
-# Numbers that are rounded at once: they stay in the first two levels of cache, and torch runs each operation on the caller's thread
-# (its threads start beyond 32,768 numbers). Six short parallel regions a piece took ten times as long on a busy machine.
+# Numbers that are rounded at once: they stay in the first two levels of cache, and torch runs each operation on the caller's
+# thread (its threads start beyond 32,768 numbers). Six short parallel regions a piece took ten times as long on a busy machine.
 _PIECE: Final = 1 << 15
 # Near it float64 has whole numbers only, so that adding and subtracting it rounds what is below 2^51, halves to even. torch.round
 # would start threads for any length.
