@@ -6,6 +6,7 @@ it: one attention call, with noise. One budget pays for all questions of a call,
 
     python examples/private_lookup.py            # all flights, about a minute (pip install 'dp-flash-attention[demo]')
     python examples/private_lookup.py --rows 20000
+    python examples/private_lookup.py --noise exact   # whole numbers on a grid: no float's rounding to leak through
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     """Answers one question and a thousand at several ε, and shows how far the answers are from the exact ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=None, help="use so many flights only")
+    parser.add_argument("--noise", choices=("secure", "exact"), default="secure", help="kind of noise")
     options = parser.parse_args()
 
     flights = load_flights()
@@ -55,7 +57,7 @@ def main() -> None:
 
     # Number of flights: published with the table. Replace-one: a flight's row may change, not whether there is one.
     bounds = AttentionBounds(query_norm=1.0, key_norm=1.0, value_norm=1.0, num_rows=len(context))
-    noise = CallNoise.from_os()
+    noise = CallNoise.from_os(name=options.noise)
 
     def shares(questions: Tensor, budget: PrivacyBudget) -> Tensor:
         """Shares of late arrivals, [number of questions]."""
@@ -80,8 +82,9 @@ def main() -> None:
         budget = PrivacyBudget(epsilon=epsilon, delta=DELTA)
         for count in (1, QUESTIONS):
             plan = plan_attention_release(
-                bounds, num_queries=count, query_width=WIDTH, value_width=1, scale=SHARPNESS, budget=budget
-            )
+                bounds, num_queries=count, query_width=WIDTH, value_width=1, scale=SHARPNESS, budget=budget,
+                noise=noise.name,
+            )  # fmt: skip
             asked_now = query[:, :, :count]
             repeats = (
                 25 if count == 1 else 1
@@ -93,7 +96,7 @@ def main() -> None:
 
     # A service answers one question at a time until the budget over all of them is used up.
     total = PrivacyBudget(epsilon=1.0, delta=DELTA)
-    gate = GaussianFilter(total)
+    gate = GaussianFilter(total, finite_precision_share=0.01 if options.noise == "exact" else 0.0)
     each, answered = gate.share(10), 0
     try:
         for number in range(QUESTIONS):

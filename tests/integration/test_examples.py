@@ -9,7 +9,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ARGUMENTS = {
     "own_training_loop.py": [["--steps", "2", "--batch", "512"]],
-    "private_lookup.py": [["--rows", "20000"]],
+    "private_lookup.py": [["--rows", "20000"], ["--rows", "5000", "--noise", "exact"]],
     "private_retrieval.py": [["--customers", "2000"]],
     "resumable_trainer.py": [
         ["--out", "runs/mine", "--steps", "3"],

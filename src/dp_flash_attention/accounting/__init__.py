@@ -27,6 +27,7 @@ from dp_flash_attention.accounting.events import (
 )
 from dp_flash_attention.accounting.filters import GaussianFilter
 from dp_flash_attention.accounting.gdp import compose_gdp, gdp_delta, gdp_epsilon, gdp_mu
+from dp_flash_attention.accounting.near_gdp import near_gdp_delta, near_gdp_epsilon
 from dp_flash_attention.accounting.pure import (
     BudgetSplit,
     basic_composition,
@@ -68,6 +69,8 @@ __all__ = [
     "gdp_mu",
     "max_sampling_prob",
     "max_steps",
+    "near_gdp_delta",
+    "near_gdp_epsilon",
     "skellam_epsilon",
     "skellam_rdp",
     "skellam_variance",

@@ -7,18 +7,19 @@ from collections.abc import Callable
 from threading import Lock
 from typing import NoReturn
 
-from dp_flash_attention.attention.interface import Cipher, NoiseStream
+from dp_flash_attention.attention.interface import AttentionNoise, Cipher, NoiseStream
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.validation import non_negative_int
 from dp_flash_attention.noise import (
     FastNormalGenerator,
     NoiseKey,
-    NoiseName,
     NormalGenerator,
     SecretKey,
     SecureNormalGenerator,
 )
+from dp_flash_attention.noise.entropy import vouched_entropy
 from dp_flash_attention.noise.keystream import MAX_STEP
+from dp_flash_attention.noise.secure import CipherKeystream
 
 
 class CallNoise:
@@ -29,8 +30,10 @@ class CallNoise:
 
     Args:
         key: Secret of the caller; a ``TestKey`` makes releases that say they are not private.
-        name: ``"secure"`` (default) or ``"fast"`` (research; see ``noise.fast``).
-        cipher: Cipher of ``"secure"``. ``"aes-256-ctr"`` is the fastest on CPUs; GPU kernels use ``"chacha20"``.
+        name: ``"secure"`` (default), ``"exact"`` (whole numbers on a public grid, finite precision accounted for) or
+            ``"fast"`` (research; see ``noise.fast``).
+        cipher: Cipher of ``"secure"`` and ``"exact"``. ``"aes-256-ctr"`` is the fastest on CPUs; GPU kernels use
+            ``"chacha20"``.
         rank: Number of this process among several that share the key. Each rank has a subkey of its own.
         first_call: First number that is free under this key and rank; for keys that outlive a process.
 
@@ -49,7 +52,7 @@ class CallNoise:
         self,
         key: NoiseKey,
         *,
-        name: NoiseName = "secure",
+        name: AttentionNoise = "secure",
         cipher: Cipher = "aes-256-ctr",
         rank: int = 0,
         first_call: int = 0,
@@ -63,7 +66,7 @@ class CallNoise:
         self._lock = Lock()
 
     @classmethod
-    def from_os(cls, *, name: NoiseName = "secure", cipher: Cipher = "aes-256-ctr") -> CallNoise:
+    def from_os(cls, *, name: AttentionNoise = "secure", cipher: Cipher = "aes-256-ctr") -> CallNoise:
         """Returns an object on a fresh key of the operating system.
 
         Raises:
@@ -72,19 +75,24 @@ class CallNoise:
         return cls(SecretKey.from_os(), name=name, cipher=cipher)
 
     @property
-    def name(self) -> NoiseName:
-        """``"secure"`` or ``"fast"``."""
+    def name(self) -> AttentionNoise:
+        """``"secure"``, ``"exact"`` or ``"fast"``."""
         return self._name
 
     @property
     def cipher(self) -> Cipher:
-        """Cipher of ``"secure"``."""
+        """Cipher of ``"secure"`` and ``"exact"``."""
         return self._cipher
 
     @property
     def uses_test_key(self) -> bool:
         """Whether the key is public, so that nothing made with it is private."""
         return self._key.is_test_key
+
+    @property
+    def vouched(self) -> tuple[str, ...]:
+        """What of the key's entropy is the caller's word, one statement each; nothing for a key that was drawn."""
+        return vouched_entropy(self._key)
 
     @property
     def next_call(self) -> int:
@@ -182,9 +190,15 @@ def _checked_number(name: str, value: object) -> int:
     return number
 
 
-def _generator(name: NoiseName, key: NoiseKey, cipher: Cipher) -> NormalGenerator:
+def _generator(name: AttentionNoise, key: NoiseKey, cipher: Cipher) -> NormalGenerator | None:
     if name == "secure":
         return SecureNormalGenerator(key, cipher=cipher)
     if name == "fast":
         return FastNormalGenerator(key)
-    raise InvalidInputError("noise", name, bound="'secure' or 'fast'", remedy="Use 'secure' for releases.")
+    if name == "exact":
+        # Fails now and not after the first payment, if the cipher or the key is of no use.
+        CipherKeystream(key.derive("attention.probe"), cipher)
+        return None
+    raise InvalidInputError(
+        "noise", name, bound="'secure', 'exact' or 'fast'", remedy="Use 'secure' or 'exact' for releases."
+    )

@@ -21,6 +21,7 @@ from dp_flash_attention.attention.checks import (
     checked_out_dtype,
     refuse_tracing,
 )
+from dp_flash_attention.attention.finite_precision import checked_steps
 from dp_flash_attention.attention.interface import AttentionCall
 from dp_flash_attention.attention.planning import AttentionPlan, plan_attention_release
 from dp_flash_attention.attention.release import Release, assumptions_of
@@ -36,11 +37,14 @@ class ReleaseFilter(Protocol):
     def neighboring_relation(self) -> NeighboringRelation:
         """The relation that releases must hold for."""
 
-    def admits(self, mu: float) -> bool:
+    def admits(self, mu: float, *, distance: float = 0.0) -> bool:
         """Returns whether ``spend`` would pass."""
 
-    def spend(self, mu: float) -> None:
-        """Charges a release before it runs, or raises ``BudgetExhaustedError``."""
+    def spend(self, mu: float, *, distance: float = 0.0) -> None:
+        """Charges a release before it runs, or raises ``BudgetExhaustedError``.
+
+        Called with ``distance``, the total variation to a μ-GDP release, for noise ``"exact"`` alone.
+        """
 
 
 def dp_flash_attention(
@@ -74,10 +78,11 @@ def dp_flash_attention(
         key: [B, G, K, D], H a multiple of G (with ``enable_gqa``); private.
         value: [B, G, K, E]; private.
         bounds: The public promises about the context.
-        noise: Key and call numbers; the same object for every call on one key.
+        noise: Key, kind of noise and call numbers; the same object for every call on one key.
         budget: (ε, δ) of this call, or
         mu: its μ in Gaussian DP. Exactly one of the two.
-        privacy_filter: A budget over many calls (``accounting.GaussianFilter``) that the call's μ is spent from.
+        privacy_filter: A budget over many calls (``accounting.GaussianFilter``) that the call's μ is spent from. With noise
+            ``"exact"`` it needs a ``finite_precision_share``.
         is_causal: Query t sees rows 0 … t (aligned at the top left, as torch).
         scale: Factor of the scores; None for 1/sqrt(D).
         enable_gqa: Allow G < H.
@@ -109,8 +114,9 @@ def dp_flash_attention(
             ``sqrt(Σ Δ²/σ²) <= μ``.
         public: queries, bounds, scale, causality, shapes; under replace-one also masks and record ids.
         theorem: the output is μ-GDP, hence (ε, δ(ε))-DP (Gaussian mechanism, Dong, Roth & Su 2022, Theorem 2.7).
-            Rounding to ``out_dtype`` follows the noise and is post-processing.
-        source: docs/attention.md, Theorems 1 to 5.
+            Rounding to ``out_dtype`` follows the noise and is post-processing. With noise ``"exact"`` it is within
+            ``plan.distance`` of that, on the numbers that really come out (Theorem 6).
+        source: docs/attention.md, Theorems 1 to 6.
     """
     refuse_tracing()
     check_shapes(query, key, value, enable_gqa=enable_gqa)
@@ -130,6 +136,7 @@ def dp_flash_attention(
         head_epsilons=head_epsilons,
         head_importance=head_importance,
         compute_dtype=dtype,
+        noise=noise.name,
     )
     return release_attention(
         query,
@@ -165,9 +172,11 @@ def release_attention(
     For callers that make many calls of one shape, or want to look at the plan first.
 
     Raises:
-        InvalidInputError: As there, and if the tensors do not have the plan's shapes.
+        InvalidInputError: As there, and if the tensors do not have the plan's shapes, or the plan is for another kind of
+            noise.
     """
     refuse_tracing()
+    steps = checked_steps(plan.precision, noise.name)
     check_shapes(query, key, value, enable_gqa=True)
     check_dtypes(query, key, value, plan.compute_dtype)
     out_type = checked_out_dtype(out_dtype, query.dtype)
@@ -186,7 +195,7 @@ def release_attention(
         null_rows=float(plan.bounds.null_rows),
         stddev=plan.stddev,
         # A back end that cannot make this noise has to refuse now: after the spending it is too late.
-        noise=noise.peek(call_id),
+        noise=replace(noise.peek(call_id), steps=steps),
         out_dtype=out_type,
     )
     with _as_charged(query.device):
@@ -201,9 +210,10 @@ def release_attention(
                 bound=f"that of the bounds, {plan.bounds.neighboring_relation.value}",
                 remedy="State both for one relation.",
             )
-        stream = noise.claim_for(partial(privacy_filter.spend, plan.mu), call_id)
+        price = {} if plan.precision is None else {"distance": plan.distance}
+        stream = noise.claim_for(partial(privacy_filter.spend, plan.mu, **price), call_id)
     with _as_charged(query.device):
-        output = chosen.release(replace(call, noise=stream))
+        output = chosen.release(replace(call, noise=replace(stream, steps=steps)))
     release = Release(
         plan=plan,
         call_id=stream.call_id,
@@ -211,7 +221,12 @@ def release_attention(
         noise=noise.name,
         uses_test_key=noise.uses_test_key,
         assumptions=assumptions_of(
-            plan.bounds, has_record_ids=record_ids is not None, noise=noise.name, dtype=plan.compute_dtype
+            plan.bounds,
+            has_record_ids=record_ids is not None,
+            noise=noise.name,
+            cipher=noise.cipher,
+            vouched=noise.vouched,
+            dtype=plan.compute_dtype,
         ),
     )
     return output, release

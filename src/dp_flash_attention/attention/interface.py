@@ -11,6 +11,10 @@ One call computes, for every batch entry b, query head h and query t, in this or
     o = Σ_i e^{s_i} v̄_i / (m + Σ_i e^{s_i})   m = null_rows; o = 0 where t sees no row
     y = o + stddev[b, h, t] · z               z: float32 normals of ``noise``; o and y in float32
     output = y rounded to out_dtype            rounding after the noise is post-processing
+
+and with noise ``"exact"``, on the row's grid γ = stddev[b, h, t] / k with k = ``noise.steps``, in float64:
+
+    y = γ · (round(o/γ) + x)                  x: whole numbers of ``noise``
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from dp_flash_attention.noise import NoiseKey, NoiseName, NormalGenerator
+from dp_flash_attention.noise import NoiseKey, NormalGenerator
+
+AttentionNoise = Literal["secure", "fast", "exact"]
+"""``secure`` and ``fast`` are float32 normals; ``exact`` is whole numbers on a public grid."""
 
 Cipher = Literal["aes-256-ctr", "chacha20"]
 
@@ -73,20 +80,26 @@ class NoiseStream:
     a contiguous float32 [Q, E] with ``stddev=1``, step and stream as said. Multiples of 2,048 / E rows are
     whole tiles.
 
+    With ``"exact"``, element (b, h, t, e) gets whole number ``((b·H + h)·Q + t)·E + e`` of position (key, step =
+    ``call_id``, stream = 0) of ``noise.rounded_gaussian.RoundedGaussian`` with standard
+    deviation ``steps``.
+
     Attributes:
         key: Secret of the caller; a generator derives its own subkey from it (``noise.secure``, ``noise.fast``).
-        name: ``"secure"`` or ``"fast"``.
-        cipher: Cipher of ``"secure"``.
+        name: ``"secure"``, ``"fast"`` or ``"exact"``.
+        cipher: Cipher of ``"secure"`` and ``"exact"``.
         call_id: Number of the call under this key. It was claimed for this call, and is never used again.
         generator: The generator of ``name`` and ``cipher`` on ``key``, which writes to the CPU, for back ends that have
-            none of their own.
+            none of their own. None with ``"exact"``.
+        steps: k of the call's plan, steps of a row's grid in its σ; None unless ``name`` is ``"exact"``.
     """
 
     key: NoiseKey = field(repr=False)
-    name: NoiseName
+    name: AttentionNoise
     cipher: Cipher
     call_id: int
-    generator: NormalGenerator = field(repr=False)
+    generator: NormalGenerator | None = field(repr=False)
+    steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,6 +153,10 @@ class AttentionBackend(Protocol):
     @property
     def roundings(self) -> Collection[Rounding]:
         """The models that its arithmetic obeys. ``FIXED_SHIFT`` implies ``RUNNING_MAX``; list both then."""
+
+    @property
+    def noises(self) -> Collection[AttentionNoise]:
+        """The kinds of noise that it makes; calls with others are not given to it."""
 
     def refusal(self, call: AttentionCall, *, needs_grad: bool) -> str | None:
         """Returns why it cannot run this call (one clause with the reason), or None if it can."""

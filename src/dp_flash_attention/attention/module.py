@@ -28,7 +28,8 @@ class DPFlashAttention(nn.Module):
         embed_dim: Width of queries and outputs.
         num_heads: H; a divisor of ``embed_dim``.
         bounds: The public promises; norms are those of one head's *projected* rows.
-        noise: Key and call numbers, shared by every call on that key.
+        noise: Key, kind of noise and call numbers, shared by every call on that key. With ``"exact"``, a ``privacy_filter``
+            needs a ``finite_precision_share``.
         budget: (ε, δ) of each forward call, or
         mu: its μ. Exactly one of the two.
         privacy_filter: A budget over many calls.

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from dp_flash_attention.attention.bounds import AttentionBounds, Contexts
-from dp_flash_attention.attention.interface import PASS_ROWS, RowNorms
+from dp_flash_attention.attention.finite_precision import (
+    FinitePrecision,
+    check_range,
+    grid_noise,
+    ideal_budget,
+    plan_grid,
+)
+from dp_flash_attention.attention.interface import PASS_ROWS, AttentionNoise, RowNorms
 from dp_flash_attention.attention.sensitivity import (
     add_or_remove_sensitivity,
     clip_threshold,
@@ -53,8 +60,9 @@ class AttentionPlan:
         sensitivity: Δ of every query, rounding included, float64 [B or 1, Q]; the same for every head.
         stddev: σ of every output row, float32 [B, H, Q], possibly expanded.
         head_mus: μ of each head's outputs together, one for each head.
-        mu: μ of everything the call releases.
+        mu: μ of everything the call releases; with noise ``"exact"`` up to ``precision.total_distance``.
         norms: What rows are clipped to.
+        precision: Grid and cost of noise ``"exact"``; None for normals, whose analysis is one of real numbers.
     """
 
     bounds: AttentionBounds
@@ -73,12 +81,18 @@ class AttentionPlan:
     head_mus: tuple[float, ...]
     mu: float
     norms: RowNorms
+    precision: FinitePrecision | None = None
+
+    @property
+    def distance(self) -> float:
+        """η: how far, in total variation, the call may be from a μ-GDP one; 0 with normals."""
+        return 0.0 if self.precision is None else self.precision.total_distance
 
     def epsilon(self, delta: float) -> float:
-        """Returns ε of the call at ``delta``, by the exact formula of the Gaussian mechanism."""
-        from dp_flash_attention.accounting.gdp import gdp_epsilon
+        """Returns ε of the call at ``delta``, by the exact formula of the Gaussian mechanism and the distance to it."""
+        from dp_flash_attention.accounting.near_gdp import near_gdp_epsilon
 
-        return gdp_epsilon(mu=self.mu, delta=delta)
+        return near_gdp_epsilon(mu=self.mu, distance=self.distance, delta=delta)
 
     def signal_to_noise(self, output_norm: float | None = None) -> npt.NDArray[np.float64]:
         """Returns the *estimated* signal-to-noise ratio of every output row, [B or 1, H, Q].
@@ -115,6 +129,7 @@ def plan_attention_release(
     head_epsilons: Sequence[float] | None = None,
     head_importance: Sequence[float] | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    noise: AttentionNoise = "secure",
 ) -> AttentionPlan:
     """Computes sensitivity and noise of a call from public numbers alone.
 
@@ -134,13 +149,14 @@ def plan_attention_release(
         head_epsilons: ε of each head's outputs alone, at the budget's δ.
         head_importance: Instead: public weights; a head's share of μ² is proportional to its weight.
         compute_dtype: Dtype that the kernel reads.
+        noise: The kind that the call is made with. ``"exact"`` plans a grid and pays for finite precision.
 
     Returns:
         The plan. Each head's μ² is divided evenly over its outputs.
 
     Raises:
         InvalidInputError: If a number is out of range, or not exactly one of ``budget`` and ``mu`` is given, or
-            heads compose to more than the budget.
+            heads compose to more than the budget, or finite precision takes more than a hundredth of δ.
 
     Example:
         >>> bounds = AttentionBounds(query_norm=1.0, key_norm=1.0, value_norm=1.0, num_rows=100_000)
@@ -175,13 +191,25 @@ def plan_attention_release(
     )
     rows = _public_rows(bounds, batch_size, num_key_rows)
     sensitivity = _sensitivity(bounds, reach, num_queries, query_width, width, rows, is_causal, compute_dtype)
+    num_numbers = batch_size * num_heads * num_queries * width
+    if noise == "exact" and budget is not None:
+        budget = ideal_budget(budget, num_numbers=num_numbers)
     head_mus, total = _head_mus(num_heads, budget, mu, head_epsilons, head_importance)
     charged = num_queries * (batch_size if bounds.contexts is Contexts.SHARED else 1)
     # [B or 1, H, Q]: every output of a head takes an equal share of its μ².
-    spread = (
-        sensitivity[:, None, :] * (math.sqrt(charged) / np.array(head_mus))[None, :, None] * _STDDEV_UPWARD
-    )
+    factors = math.sqrt(charged) / np.array(head_mus)
+    precision = None
+    if noise == "exact":
+        precision = plan_grid(
+            num_numbers=num_numbers, value_width=width, smallest_row_mu=float(1.0 / factors.max())
+        )
+        # (Δ + γ·√E·c)/σ is a row's share of μ for this σ.
+        factors = factors / (1.0 - precision.rounding * factors)
+    spread = sensitivity[:, None, :] * factors[None, :, None] * _STDDEV_UPWARD
     stddev = torch.from_numpy(_float32_up(spread)).expand(batch_size, -1, -1)
+    if precision is not None:
+        check_range(precision, value_norm=bounds.value_norm, smallest_stddev=float(stddev.min()))
+        grid_noise(precision.steps)  # what it needs is found now, before anything is spent
     return AttentionPlan(
         bounds=bounds,
         batch_size=batch_size,
@@ -199,6 +227,7 @@ def plan_attention_release(
         head_mus=head_mus,
         mu=total,
         norms=norms,
+        precision=precision,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dp_flash_attention.attention.interface import AttentionCall
+from dp_flash_attention.noise.rounded_gaussian import RoundedGaussian
 
 
 def reference_attention(call: AttentionCall) -> Tensor:
@@ -41,9 +42,15 @@ def reference_attention(call: AttentionCall) -> Tensor:
 
 
 def reference_noise(call: AttentionCall) -> Tensor:
-    """Returns the noise of a call, float64 [B, H, Q, E]: every head's normals, times its rows' deviations."""
+    """Returns the noise of a call, float64 [B, H, Q, E]: every head's normals, times its rows' deviations.
+
+    With noise ``"exact"``, whole numbers times γ.
+    """
     assert call.noise is not None
     assert call.stddev is not None
+    if call.noise.name == "exact":
+        return _reference_steps(call) * reference_grid(call)
+    assert call.noise.generator is not None
     batch, num_heads, num_queries, _ = call.query.shape
     out = torch.empty((batch, num_heads, num_queries, call.value.shape[-1]), dtype=torch.float64)
     for b in range(batch):
@@ -52,6 +59,24 @@ def reference_noise(call: AttentionCall) -> Tensor:
             call.noise.generator.fill_normal_(z, step=call.noise.call_id, stream=b * num_heads + h)
             out[b, h] = z.to(torch.float64) * call.stddev[b, h].cpu().to(torch.float64)[:, None]
     return out
+
+
+def reference_grid(call: AttentionCall) -> Tensor:
+    """Returns γ of every output row of a call with exact noise, float64 [B, H, Q, 1]."""
+    assert call.noise is not None
+    assert call.noise.steps is not None
+    assert call.stddev is not None
+    return call.stddev.cpu().to(torch.float64).unsqueeze(-1) / call.noise.steps
+
+
+def _reference_steps(call: AttentionCall) -> Tensor:
+    noise, shape = call.noise, (*call.query.shape[:3], call.value.shape[-1])
+    assert noise is not None
+    assert noise.steps is not None
+    drawn = RoundedGaussian(float(noise.steps)).draw(
+        noise.key, math.prod(shape), step=noise.call_id, stream=0, cipher=noise.cipher
+    )
+    return torch.from_numpy(drawn).to(torch.float64).view(shape)
 
 
 def _clipped(rows: Tensor, bound: float) -> Tensor:

@@ -79,12 +79,21 @@ class RoundedGaussian:
         self.total_variation = rounded_gaussian_distance(s) + self._sampler.total_variation
 
     def draw(
-        self, key: NoiseKey, num: int, *, step: int, stream: int, cipher: ExactCipher = "aes-256-ctr"
+        self,
+        key: NoiseKey,
+        num: int,
+        *,
+        step: int,
+        stream: int,
+        first: int = 0,
+        cipher: ExactCipher = "aes-256-ctr",
     ) -> npt.NDArray[np.int64]:
-        """Returns ``num`` independent samples, int64. A triple (key, step, stream) is for one release only.
+        """Returns independent samples ``first`` … ``first + num − 1``, int64.
+
+        A triple (key, step, stream) is for one release only; ``first`` is for making its samples part by part.
 
         Raises:
             InvalidInputError: If an argument is out of range.
             NoiseUnavailableError: If the cipher cannot be used.
         """
-        return self._sampler.draw(key, num, step=step, stream=stream, cipher=cipher)
+        return self._sampler.draw(key, num, step=step, stream=stream, first=first, cipher=cipher)

@@ -78,7 +78,14 @@ class WideDiscreteGaussian:
         self._sampler = WideSampler(law)
 
     def draw(
-        self, key: NoiseKey, num: int, *, step: int, stream: int = 0, cipher: ExactCipher = "aes-256-ctr"
+        self,
+        key: NoiseKey,
+        num: int,
+        *,
+        step: int,
+        stream: int = 0,
+        first: int = 0,
+        cipher: ExactCipher = "aes-256-ctr",
     ) -> Integers:
         """Returns ``num`` independent samples, int64. A larger ``num`` begins with the samples of a smaller one.
 
@@ -87,13 +94,15 @@ class WideDiscreteGaussian:
             num: How many.
             step: A triple (key, step, stream) is for one release only.
             stream: As ``step``.
+            first: Number of the first sample: samples f … f + n − 1 are those that f + n samples end with. Samples are made in
+                chunks of ``CHUNK``, so that runs which begin and end at its multiples waste nothing.
             cipher: As in ``DiscreteGaussianGenerator``.
 
         Raises:
             InvalidInputError: If an argument is out of range.
             NoiseUnavailableError: If the cipher cannot be used.
         """
-        return self._sampler.draw(key, num, step=step, stream=stream, cipher=cipher)
+        return self._sampler.draw(key, num, step=step, stream=stream, first=first, cipher=cipher)
 
     def stream(
         self,

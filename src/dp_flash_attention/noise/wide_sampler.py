@@ -148,38 +148,53 @@ class WideSampler:
         self._dtype = np.dtype("<i4" if law.shift <= _MAX_SHIFT_32 else "<i8")
         self._threads = ChunkThreads(lambda: _Worker(law.table, self._dtype), chunk=CHUNK)
 
-    def draw(self, key: NoiseKey, num: int, *, step: int, stream: int, cipher: ExactCipher) -> Integers:
+    def draw(
+        self, key: NoiseKey, num: int, *, step: int, stream: int, cipher: ExactCipher, first: int = 0
+    ) -> Integers:
         """Returns ``num`` independent samples, int64; the arguments are those of ``stream``."""
         out = np.empty(checked_count("num", num), dtype=np.int64)
 
         def keep(start: int, numbers: npt.NDArray[Any]) -> None:
             out[start : start + len(numbers)] = numbers
 
-        self.stream(key, num, keep, step=step, stream=stream, cipher=cipher)
+        self.stream(key, num, keep, step=step, stream=stream, cipher=cipher, first=first)
         return out
 
     def stream(
-        self, key: NoiseKey, num: int, consume: Consume, *, step: int, stream: int, cipher: ExactCipher
+        self,
+        key: NoiseKey,
+        num: int,
+        consume: Consume,
+        *,
+        step: int,
+        stream: int,
+        cipher: ExactCipher,
+        first: int = 0,
     ) -> None:
         """Hands ``num`` independent samples to ``consume``, chunk by chunk while they are in the cache, from several threads.
 
-        The samples at the first places do not depend on ``num``, nor on the number of threads.
+        The samples at the first places do not depend on ``num``, nor on the number of threads; with ``first`` they are
+        those from that place on.
 
         Raises:
             InvalidInputError: If an argument is out of range.
             NoiseUnavailableError: If the cipher cannot be used.
         """
-        count = checked_count("num", num)
+        count, start_at = checked_count("num", num), checked_count("first", first)
+        checked_count("first + num", start_at + count)
+        before, skipped = divmod(start_at, CHUNK)
         step, stream = checked_position(step, stream)
         own = key.derive(self._law.purpose)
         keystream: Keystream = ShakeKeystream(own) if cipher == "shake256" else CipherKeystream(own, cipher)
         source = keystream.at(step=step, stream=stream)
 
         def write_chunk(worker: _Worker, start: int) -> None:
-            consume(start, self._numbers(worker, source, start // CHUNK, min(CHUNK, count - start)))
+            num = min(CHUNK, skipped + count - start)
+            numbers = self._numbers(worker, source, before + start // CHUNK, num)
+            consume(max(0, start - skipped), numbers[skipped:] if start == 0 else numbers)
 
         if count:
-            self._threads.run(write_chunk, count, num_threads=torch.get_num_threads())
+            self._threads.run(write_chunk, skipped + count, num_threads=torch.get_num_threads())
 
     def _numbers(self, worker: _Worker, source: Stream, index: int, num: int) -> npt.NDArray[Any]:
         """Returns the first ``num`` samples of one chunk; they lie in scratch."""

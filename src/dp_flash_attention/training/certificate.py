@@ -43,7 +43,8 @@ _EXACT_ASSUMED = (
     "comes or goes, as sums of real numbers do. The rounding of the matrix products that make them is not bounded: the rows of "
     "one record may cancel, so it is not relative to the clip norm. From the grid on nothing is assumed of arithmetic.",
     "The generator's advantage in delta: no attack on AES-256 beats key search with 2^64 sequential Grover iterations.",
-    "The evaluation's noise, if there is one, is 'secure': float64 rounding of its few sums is not part of the analysis.",
+    "The evaluation, if there is one: a record's scores do not depend on the records that share its batch, as if products of "
+    "matrices were not rounded. Its sums are exact, and from there on nothing is assumed of arithmetic.",
 )
 _CLIPPING = {
     "flat": "one norm over all parameters",
@@ -98,14 +99,18 @@ class EvaluationStatement:
         kind: A name in ``evaluation.KINDS``.
         epsilon: ε of the release.
         delta: δ of the release.
+        noise: Kind of the noise.
         noise_stddev: Standard deviation of the noise of each released number.
+        num_values: How many numbers were released.
         estimates: Figures computed from the release.
     """
 
     kind: str
     epsilon: float
     delta: float
+    noise: TrainingNoise
     noise_stddev: float
+    num_values: int
     estimates: Mapping[str, float]
 
     @classmethod
@@ -115,7 +120,9 @@ class EvaluationStatement:
             kind=evaluation.kind,
             epsilon=evaluation.epsilon,
             delta=evaluation.delta,
+            noise=evaluation.noise,
             noise_stddev=evaluation.noise_stddev,
+            num_values=evaluation.num_values,
             estimates=evaluation.estimates(),
         )
 
@@ -127,7 +134,7 @@ class EvaluationStatement:
     @property
     def guarantee(self) -> Guarantee:
         """The five statements."""
-        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta)
+        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta, noise=self.noise)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the entry under ``mechanisms``."""
@@ -138,7 +145,9 @@ class EvaluationStatement:
             "kind": self.kind,
             "epsilon": self.epsilon,
             "delta": self.delta,
+            "noise": self.noise,
             "noise_stddev": self.noise_stddev,
+            "num_values": self.num_values,
             "l2_sensitivity": self.l2_sensitivity,
             "guarantee": asdict(self.guarantee),
         }

@@ -145,7 +145,8 @@ def _mechanisms(listed: object) -> dict[str, dict[str, Any]]:
         COUNT: ("name", "data", "mechanism", "epsilon", "scale", "released_count"),
         TRAINING: ("name", "data", "epsilon", "delta", "guarantee", "parameters"),
         EVALUATION: (
-            "name", "data", "mechanism", "kind", "epsilon", "delta", "noise_stddev", "l2_sensitivity", "guarantee",
+            "name", "data", "mechanism", "kind", "epsilon", "delta", "noise", "noise_stddev", "num_values",
+            "l2_sensitivity", "guarantee",
         ),
     }  # fmt: skip
     entries = listed if isinstance(listed, list) else []
@@ -227,11 +228,14 @@ def _evaluation(
         return None, None
     _one_of(fields, EVALUATION, "mechanism", ("Gaussian",))
     _one_of(fields, EVALUATION, "kind", tuple(KINDS))
+    _one_of(fields, EVALUATION, "noise", get_args(TrainingNoise))
     statement = EvaluationStatement(
         kind=fields["kind"],
         epsilon=_number(fields, EVALUATION, "epsilon", *_EPSILON),
         delta=_number(fields, EVALUATION, "delta", *_DELTA),
+        noise=fields["noise"],
         noise_stddev=_number(fields, EVALUATION, "noise_stddev", *_NOISE_MULTIPLIER),
+        num_values=_whole(fields, EVALUATION, "num_values", _MAX_PARAMETERS),
         estimates=figures,
     )
     return statement, _number(fields, EVALUATION, "l2_sensitivity", *_POSITIVE)

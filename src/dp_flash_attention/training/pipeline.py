@@ -290,8 +290,7 @@ class _Run:
             epsilon=request.epsilon,
             delta=plan.delta,
             key=run.keys.derive("evaluation"),
-            # The evaluation's few sums are noised as floats; the certificate says so.
-            noise="secure" if request.noise == "exact" else request.noise,
+            noise=request.noise,
         )
         return task.evaluate(self._model, Subset(task.dataset, self._split.holdout), terms)
 

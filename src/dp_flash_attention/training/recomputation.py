@@ -202,14 +202,31 @@ def _evaluation(statement: Statement) -> Iterator[Row]:
     yield _same(
         "evaluation: sensitivity", listed, KINDS[stated.kind].l2_sensitivity, f"of kind {stated.kind!r}"
     )
-    mu = KINDS[stated.kind].l2_sensitivity / stated.noise_stddev
-    found = gdp_delta(mu=mu, epsilon=stated.epsilon)
+    plan_noise = statement.plan["noise"]
+    yield _row("evaluation: noise", stated.noise, plan_noise, stated.noise == plan_noise, "that of training")
+    sensitivity = KINDS[stated.kind].l2_sensitivity
+    try:
+        precision = finite_precision(
+            stated.noise,
+            epsilon=stated.epsilon,
+            delta=stated.delta,
+            l2_clip_norm=sensitivity,
+            num_parameters=stated.num_values if stated.noise == "exact" else None,
+            num_steps=1,
+            noise_multiplier=stated.noise_stddev / sensitivity,
+        )
+    except DPFlashAttentionError as error:
+        yield _row("evaluation: δ", f"{stated.delta:g}", "impossible", False, str(error))
+        return
+    factor, lost = (1.0, 0.0) if precision is None else (precision.sensitivity_factor, precision.delta)
+    found = lost + gdp_delta(mu=factor * sensitivity / stated.noise_stddev, epsilon=stated.epsilon)
+    grid = "" if precision is None else f" on a grid of {precision.grid:g}, whose cost is in δ"
     yield _row(
         "evaluation: δ",
         f"{stated.delta:g} at ε = {stated.epsilon:.6g}",
         f"{found:.9g}",
         found <= stated.delta * (1.0 + _ROUNDING),
-        f"one Gaussian release with σ = {stated.noise_stddev:.6g}, in closed form",
+        f"one Gaussian release with σ = {stated.noise_stddev:.6g}{grid}, in closed form",
     )
 
 

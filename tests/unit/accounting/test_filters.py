@@ -103,3 +103,28 @@ def test_an_adaptive_analyst_learns_no_more_than_the_budget():
     tolerance = stats.norm.isf(1e-6) * honest.std() / np.sqrt(num)
     assert honest.mean() <= bound + tolerance
     assert cheating.mean() > bound + 3 * tolerance
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.0, float("nan"), None, True])
+def test_a_share_for_finite_precision_that_leaves_nothing_is_refused(bad):
+    with pytest.raises(InvalidInputError, match="finite_precision_share"):
+        GaussianFilter(BUDGET, finite_precision_share=bad)
+
+
+def test_distances_are_paid_from_what_was_set_apart_and_from_nothing_else():
+    gate = GaussianFilter(BUDGET, finite_precision_share=0.01)
+    assert gate.mu == gdp_mu(PrivacyBudget(epsilon=1.0, delta=0.99e-6)) < GaussianFilter(BUDGET).mu
+    whole = 0.01e-6 / (1 + np.e)
+    gate.spend(0.01, distance=0.6 * whole)
+    assert gate.admits(0.01, distance=0.39 * whole)
+    assert not gate.admits(0.01, distance=0.41 * whole)
+    with pytest.raises(BudgetExhaustedError, match="total variation"):
+        gate.spend(0.01, distance=0.41 * whole)
+    assert gate.num_releases == 1
+    gate.spend(gate.mu_left)  # what was refused cost nothing
+    assert gate.epsilon_spent <= BUDGET.epsilon
+    assert not GaussianFilter(BUDGET).admits(0.01, distance=1e-30)
+    with pytest.raises(BudgetExhaustedError, match="finite_precision_share"):
+        GaussianFilter(BUDGET).spend(0.01, distance=1e-30)
+    with pytest.raises(InvalidInputError, match="distance"):
+        gate.admits(0.01, distance=float("nan"))

@@ -176,3 +176,18 @@ def test_a_chunk_that_runs_short_releases_nothing():
 def test_a_variance_out_of_range_is_refused(variance):
     with pytest.raises(InvalidInputError, match="variance"):
         WideDiscreteGaussian(variance)
+
+
+@pytest.mark.parametrize("first", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 7])
+def test_parts_of_a_draw_are_the_whole(first):
+    noise = WideDiscreteGaussian(Fraction(2**40))
+    whole = noise.draw(KEY, first + CHUNK + 3, step=5, stream=2)
+    for num in (0, 1, CHUNK + 3):
+        part = noise.draw(KEY, num, step=5, stream=2, first=first)
+        assert np.array_equal(part, whole[first : first + num])
+
+
+@pytest.mark.parametrize("bad", [-1, 1.0, True, 2**44])
+def test_a_first_sample_out_of_range_is_refused(bad):
+    with pytest.raises(InvalidInputError, match="first"):
+        WideDiscreteGaussian(NARROWEST).draw(KEY, 1, step=0, first=bad)

@@ -329,6 +329,14 @@ def test_the_certificate_of_exact_noise_can_be_computed_again_and_an_altered_one
     assert "float32 sums of clipped gradients, before they are rounded" in assumed
     assert "no attack on AES-256" in assumed
     assert "rounding of sums and noise is not part" not in assumed
+    assert "'secure'" not in assumed
+    evaluation = next(part for part in certificate["mechanisms"] if part["name"] == "evaluation")
+    assert "whole steps" in evaluation["guarantee"]["theorem"]
+    # Counts of records come out in whole steps of 2^-24, which float64 normals would not.
+    assert outcome.evaluation.noise == "exact"
+    released = torch.tensor(outcome.evaluation.negatives, dtype=torch.float64) * 2.0**25
+    assert torch.equal(released, released.round())
+    assert float(released.abs().max()) < 2.0**50
     with pytest.raises(InvalidInputError, match="epsilon"):
         PrivacyPlan.from_dict(training["parameters"] | {"noise_multiplier": 0.9 * again.noise_multiplier})
     with pytest.raises(InvalidInputError, match="num_parameters"):

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dp_flash_attention.accounting import PoissonSampledGaussian, epsilon
 from dp_flash_attention.clipping.clip_groups import ClipGroup
 from dp_flash_attention.core.errors import InvalidInputError
+from dp_flash_attention.noise import TestKey
 from dp_flash_attention.training import PrivacyPlan
 from dp_flash_attention.training.cached_accountant import cached_epsilon
 from dp_flash_attention.training.certificate import EvaluationStatement, build_certificate
 from dp_flash_attention.training.certificate_rows import Standing
+from dp_flash_attention.training.evaluation.terms import ReleaseTerms, release
 from dp_flash_attention.training.recomputation import recompute
 
 Content = dict[str, Any]
@@ -51,7 +54,13 @@ def built(plan: PrivacyPlan, *, evaluation: EvaluationStatement | None = None, *
     if evaluation is None:
         # σ of the smallest ε below the total at this δ, as computed once by calibrate_noise_multiplier, rounded up.
         evaluation = EvaluationStatement(
-            kind="binary", epsilon=total, delta=DELTA, noise_stddev=2.2, estimates={"auc": 0.75}
+            kind="binary",
+            epsilon=total,
+            delta=DELTA,
+            noise=plan.noise,
+            noise_stddev=2.2,
+            num_values=128,
+            estimates={"auc": 0.75},
         )
     values: dict[str, Any] = {
         "plan": plan,
@@ -161,6 +170,7 @@ MUTATIONS: dict[str, Mutation] = {
     "δ of the evaluation smaller": at("*evaluation", "delta")(times(0.1)),
     "noise of the evaluation halved": at("*evaluation", "noise_stddev")(times(0.5)),
     "sensitivity of the evaluation halved": at("*evaluation", "l2_sensitivity")(times(0.5)),
+    "another noise of the evaluation": at("*evaluation", "noise")(to("fast")),
     "another kind of evaluation": at("*evaluation", "kind")(to("next token")),
     "no hold-out, and an evaluation": at("holdout_prob")(to(0.0)),
     "another share of the hold-out": at("holdout_prob")(to(0.2)),
@@ -319,7 +329,13 @@ def test_a_liar_who_claims_less_than_the_parts_add_up_to_is_found() -> None:
 def test_a_liar_about_the_evaluation_alone_is_found() -> None:
     plan = plan_of()
     entry = EvaluationStatement(
-        kind="confusion", epsilon=EPSILON_COUNT + plan.epsilon, delta=DELTA, noise_stddev=2.2, estimates={}
+        kind="confusion",
+        epsilon=EPSILON_COUNT + plan.epsilon,
+        delta=DELTA,
+        noise="secure",
+        noise_stddev=2.2,
+        num_values=9,
+        estimates={},
     )
     assert wrong_rows(built(plan, evaluation=entry)) == []
     assert wrong_rows(built(plan, evaluation=replace(entry, noise_stddev=1.2))) == ["evaluation: δ"]
@@ -331,7 +347,15 @@ def test_a_liar_about_the_evaluation_alone_is_found() -> None:
 
 def test_the_larger_part_decides_the_total() -> None:
     plan = plan_of()
-    entry = EvaluationStatement(kind="binary", epsilon=9.0, delta=DELTA, noise_stddev=5.0, estimates={})
+    entry = EvaluationStatement(
+        kind="binary",
+        epsilon=9.0,
+        delta=DELTA,
+        noise="secure",
+        noise_stddev=5.0,
+        num_values=128,
+        estimates={},
+    )
     assert wrong_rows(built(plan, evaluation=entry, total_epsilon=9.0)) == []
     assert wrong_rows(built(plan, evaluation=entry)) == ["total: ε"]
 
@@ -401,3 +425,25 @@ def test_clipping_in_groups_is_recomputed_and_cannot_be_restated(
         part(content, "training")["parameters"]["clip_groups"] = wrong
         with pytest.raises(InvalidInputError, match="clip_groups"):
             recompute(content)
+
+
+def test_exact_noise_of_the_evaluation_pays_for_its_grid() -> None:
+    plan = plan_of("exact")
+    total = EPSILON_COUNT + plan.epsilon
+    terms = ReleaseTerms(epsilon=total, delta=DELTA, key=TestKey("evaluation"), noise="exact")
+    noise_stddev = release(torch.zeros(128, dtype=torch.float64), l2_sensitivity=1.0, terms=terms)
+    entry = EvaluationStatement(
+        kind="binary",
+        epsilon=total,
+        delta=DELTA,
+        noise="exact",
+        noise_stddev=noise_stddev,
+        num_values=128,
+        estimates={},
+    )
+    assert wrong_rows(built(plan, evaluation=entry)) == []
+    assert wrong_rows(built(plan, evaluation=replace(entry, noise_stddev=0.99 * noise_stddev))) == [
+        "evaluation: δ"
+    ]
+    assert wrong_rows(built(plan, evaluation=replace(entry, noise="secure"))) == ["evaluation: noise"]
+    assert wrong_rows(built(plan, evaluation=replace(entry, num_values=10**13))) == ["evaluation: δ"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dp_flash_attention.attention.backends.kernel import FlashKernel, attend
 from dp_flash_attention.attention.backends.selfcheck import disagreement
-from dp_flash_attention.attention.interface import AttentionCall, Rounding
+from dp_flash_attention.attention.interface import AttentionCall, AttentionNoise, Rounding
 from dp_flash_attention.attention.noising import add_noise, add_noise_into
 from dp_flash_attention.attention.rows import clip_rows, clip_rows_into
 
@@ -40,6 +40,11 @@ class PlainBackend:
     def roundings(self) -> Collection[Rounding]:
         """The model of every flash kernel."""
         return (Rounding.RUNNING_MAX,)
+
+    @property
+    def noises(self) -> Collection[AttentionNoise]:
+        """All: noise meets the output in ``noising``, which knows them."""
+        return ("secure", "fast", "exact")
 
     def refusal(self, call: AttentionCall, *, needs_grad: bool) -> str | None:
         """Returns the kernel's reason, or by how much it misses the reference, or None."""

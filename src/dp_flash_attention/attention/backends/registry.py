@@ -195,6 +195,9 @@ def _refusal(
 ) -> str | None:
     if rounding is not None and rounding not in backend.roundings:
         return f"its arithmetic does not obey '{rounding.value}'"
+    if call.noise is not None and call.noise.name not in backend.noises:
+        made = " and ".join(repr(name) for name in backend.noises)
+        return f"it adds noise by itself, {made}, and cannot make {call.noise.name!r}"
     return backend.refusal(call, needs_grad=needs_grad)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from dp_flash_attention.attention.interface import AttentionCall, Rounding
+from dp_flash_attention.attention.interface import AttentionCall, AttentionNoise, Rounding
 from dp_flash_attention.core.errors import DependencyMissingError, NoiseUnavailableError
 from dp_flash_attention.noise.device import require_triton
 
@@ -40,6 +40,7 @@ class TritonBackend:
 
     name: Final = "triton"
     roundings: Final[Collection[Rounding]] = (Rounding.FIXED_SHIFT, Rounding.RUNNING_MAX)
+    noises: Final[Collection[AttentionNoise]] = ("secure", "fast")
 
     def refusal(self, call: AttentionCall, *, needs_grad: bool) -> str | None:
         """Returns why it cannot run ``call``, or None if it can."""

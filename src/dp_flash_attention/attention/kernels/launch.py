@@ -12,6 +12,7 @@ from torch import Tensor
 from dp_flash_attention.attention.interface import PASS_ROWS, AttentionCall, NoiseStream
 from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
 from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
+from dp_flash_attention.core.errors import NoiseUnavailableError
 from dp_flash_attention.noise import FastNormalGenerator, SecureNormalGenerator
 from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels.writer import refuse_graph_capture
@@ -29,8 +30,12 @@ def kernel_key(noise: NoiseStream) -> KernelKey:
     """Returns the key of a call's noise.
 
     Raises:
-        NoiseUnavailableError: If no kernel makes the numbers of its cipher.
+        NoiseUnavailableError: If no kernel makes the numbers of its cipher, or of its kind.
     """
+    if noise.name == "exact":
+        raise NoiseUnavailableError(
+            "The attention kernel adds normals, and noise 'exact' is whole numbers on a grid. Use back end 'auto'."
+        )
     if noise.name == "fast":
         return FastNormalGenerator(noise.key).kernel_key(noise.call_id)
     return SecureNormalGenerator(noise.key, cipher=noise.cipher).kernel_key(noise.call_id)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.training.evaluation.terms import KINDS, ReleaseTerms, evaluation_guarantee, release
+from dp_flash_attention.training.finite_precision import TrainingNoise
 
 NUM_BINS = 64
 """Cells of each class's histogram: enough that ties within a cell cost the AUC less than 0.001 on spread-out
@@ -31,6 +32,7 @@ class ClassifierEvaluation:
         noise_stddev: Standard deviation of each cell's noise, in records.
         negatives: Noisy number of records of the first class in each cell, by increasing score.
         positives: The same of the second class.
+        noise: Kind of the noise.
     """
 
     epsilon: float
@@ -38,6 +40,7 @@ class ClassifierEvaluation:
     noise_stddev: float
     negatives: tuple[float, ...]
     positives: tuple[float, ...]
+    noise: TrainingNoise = "secure"
 
     @property
     def auc(self) -> float:
@@ -95,9 +98,14 @@ class ClassifierEvaluation:
         return {"auc": self.auc, "auc_standard_error_of_noise": self.auc_standard_error}
 
     @property
+    def num_values(self) -> int:
+        """How many numbers were released."""
+        return len(self.negatives) + len(self.positives)
+
+    @property
     def guarantee(self) -> Guarantee:
         """The five statements, for the certificate."""
-        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta)
+        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta, noise=self.noise)
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -121,7 +129,11 @@ class ClassifierEvaluation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassifierEvaluation:
         """Reads what ``to_dict`` wrote; the figures are computed anew."""
-        known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls)}
+        known: dict[str, Any] = {
+            field.name: values[field.name]
+            for field in fields(cls)
+            if field.name != "noise" or "noise" in values
+        }
         return cls(**known | {name: tuple(known[name]) for name in ("negatives", "positives")})
 
 
@@ -158,6 +170,7 @@ def evaluate_classifier(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> 
         epsilon=float(terms.epsilon),
         delta=float(terms.delta),
         noise_stddev=noise_stddev,
+        noise=terms.noise,
         negatives=tuple(counts[0].tolist()),
         positives=tuple(counts[1].tolist()),
     )

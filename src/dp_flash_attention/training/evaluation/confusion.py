@@ -13,6 +13,7 @@ from torch import Tensor
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.training.evaluation.terms import KINDS, ReleaseTerms, evaluation_guarantee, release
+from dp_flash_attention.training.finite_precision import TrainingNoise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,14 @@ class ConfusionEvaluation:
         epsilon, delta: The guarantee of the release.
         noise_stddev: Standard deviation of each cell's noise, in records.
         counts: Noisy number of records by true (row) and predicted class (column).
+        noise: Kind of the noise.
     """
 
     epsilon: float
     delta: float
     noise_stddev: float
     counts: tuple[tuple[float, ...], ...]
+    noise: TrainingNoise = "secure"
 
     kind: ClassVar[str] = "confusion"
 
@@ -56,9 +59,14 @@ class ConfusionEvaluation:
         return min(1.0, max(0.0, max(map(sum, self.counts)) / self.total))
 
     @property
+    def num_values(self) -> int:
+        """How many numbers were released."""
+        return len(self.counts) ** 2
+
+    @property
     def guarantee(self) -> Guarantee:
         """The five statements, for the certificate."""
-        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta)
+        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta, noise=self.noise)
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -88,6 +96,7 @@ class ConfusionEvaluation:
             delta=values["delta"],
             noise_stddev=values["noise_stddev"],
             counts=tuple(tuple(row) for row in values["counts"]),
+            noise=values.get("noise", "secure"),
         )
 
 
@@ -123,6 +132,7 @@ def evaluate_confusion(logits: Tensor, labels: Tensor, terms: ReleaseTerms) -> C
         epsilon=float(terms.epsilon),
         delta=float(terms.delta),
         noise_stddev=noise_stddev,
+        noise=terms.noise,
         counts=tuple(tuple(row) for row in counts.view(k, k).tolist()),
     )
 

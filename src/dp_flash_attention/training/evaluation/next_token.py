@@ -14,7 +14,10 @@ from torch.nn.functional import cross_entropy
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import Guarantee
 from dp_flash_attention.training.evaluation.terms import KINDS, ReleaseTerms, evaluation_guarantee, release
+from dp_flash_attention.training.finite_precision import TrainingNoise
 from dp_flash_attention.training.losses import IGNORE_INDEX
+
+_STEPS = 2.0**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class LanguageModelEvaluation:
         max_tokens: Most predicted tokens of a record; public.
         loss_sum: Noisy sum of token losses over ``loss_bound`` · ``max_tokens``.
         token_sum: Noisy number of tokens over ``max_tokens``.
+        noise: Kind of the noise.
     """
 
     epsilon: float
@@ -37,6 +41,7 @@ class LanguageModelEvaluation:
     max_tokens: int
     loss_sum: float
     token_sum: float
+    noise: TrainingNoise = "secure"
 
     kind: ClassVar[str] = "next token"
 
@@ -62,9 +67,14 @@ class LanguageModelEvaluation:
         return math.exp(self.nats_per_token)
 
     @property
+    def num_values(self) -> int:
+        """How many numbers were released."""
+        return 2
+
+    @property
     def guarantee(self) -> Guarantee:
         """The five statements, for the certificate."""
-        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta)
+        return evaluation_guarantee(self.kind, epsilon=self.epsilon, delta=self.delta, noise=self.noise)
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -88,7 +98,13 @@ class LanguageModelEvaluation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelEvaluation:
         """Reads what ``to_dict`` wrote; the figures are computed anew."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(
+            **{
+                field.name: values[field.name]
+                for field in fields(cls)
+                if field.name != "noise" or "noise" in values
+            }
+        )
 
 
 def evaluate_language_model(
@@ -122,7 +138,8 @@ def evaluate_language_model(
             bound=f"in [0, {loss_bound * max_tokens:g}] over at most {max_tokens} tokens",
             remedy="Cut token losses off at loss_bound; if training diverged, lower the learning rate.",
         )
-    sums = shares.clamp(max=1.0).sum(dim=1)
+    # Whole multiples of 2^-20: in float64 their sums, of up to 2^32 records, have no rounding that another record could change.
+    sums = shares.clamp(max=1.0).mul_(_STEPS).round_().sum(dim=1) / _STEPS
     noise_stddev = release(
         sums, l2_sensitivity=KINDS[LanguageModelEvaluation.kind].l2_sensitivity, terms=terms
     )
@@ -130,6 +147,7 @@ def evaluate_language_model(
         epsilon=float(terms.epsilon),
         delta=float(terms.delta),
         noise_stddev=noise_stddev,
+        noise=terms.noise,
         loss_bound=float(loss_bound),
         max_tokens=max_tokens,
         loss_sum=float(sums[0]),

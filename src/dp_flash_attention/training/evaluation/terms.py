@@ -1,4 +1,8 @@
-"""What the evaluations share: the terms of a release, the release itself, and its five statements."""
+"""What the evaluations share: the terms of a release, the release itself, and its five statements.
+
+With noise ``"exact"`` a release is one step of docs/training.md's "Exact noise" with sampling probability 1: values are
+rounded to a public grid and get rounded Gaussian noise; what finite precision costs is taken from δ.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from dp_flash_attention.accounting import calibrate_noise_multiplier
 from dp_flash_attention.core.privacy import Guarantee, NeighboringRelation, PrivacyUnit
-from dp_flash_attention.noise import NoiseName, make_generator
+from dp_flash_attention.noise import make_generator
 from dp_flash_attention.noise.entropy import NoiseKey
+from dp_flash_attention.noise.rounded_gaussian import RoundedGaussian
+from dp_flash_attention.training.finite_precision import (
+    FinitePrecision,
+    TrainingNoise,
+    finite_precision,
+    multiplier_on_grid,
+)
+from dp_flash_attention.training.step_noise import round_to_steps
+
+_ON_GRID = " on sums that are rounded to a grid, its noise whole steps of it; finite precision is paid for out of delta"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +38,13 @@ class ReleaseTerms:
         epsilon: ε of the release.
         delta: δ of the release.
         key: Secret of the run, used for this release and nothing else.
-        noise: Name of the generator.
+        noise: Kind of the noise.
     """
 
     epsilon: float
     delta: float
     key: NoiseKey
-    noise: NoiseName = "secure"
+    noise: TrainingNoise = "secure"
 
 
 class Evaluation(Protocol):
@@ -50,6 +65,14 @@ class Evaluation(Protocol):
     @property
     def noise_stddev(self) -> float:
         """Standard deviation of the noise of each released number."""
+
+    @property
+    def noise(self) -> TrainingNoise:
+        """Kind of the noise."""
+
+    @property
+    def num_values(self) -> int:
+        """How many numbers were released."""
 
     @property
     def guarantee(self) -> Guarantee:
@@ -76,12 +99,45 @@ def release(values: Tensor, *, l2_sensitivity: float, terms: ReleaseTerms) -> fl
 
     Returns:
         The noise's standard deviation.
+
+    Raises:
+        InvalidInputError: With noise ``"exact"``, if finite precision would cost more than a hundredth of δ.
     """
-    noise_stddev = l2_sensitivity * calibrate_noise_multiplier(
-        epsilon=terms.epsilon, delta=terms.delta, sampling_prob=1.0, num_steps=1
+    precision = _precision(terms, values.numel(), l2_sensitivity)
+    multiplier = calibrate_noise_multiplier(
+        epsilon=terms.epsilon,
+        delta=terms.delta if precision is None else terms.delta - precision.delta,
+        sampling_prob=1.0,
+        num_steps=1,
     )
-    make_generator(terms.noise, terms.key).add_normal_(values, stddev=noise_stddev, step=0, stream=0)
-    return noise_stddev
+    if terms.noise != "exact":
+        noise_stddev = l2_sensitivity * multiplier
+        make_generator(terms.noise, terms.key).add_normal_(values, stddev=noise_stddev, step=0, stream=0)
+        return noise_stddev
+    assert precision is not None, "exact noise has a grid"
+    multiplier = multiplier_on_grid(multiplier, precision)
+    precision = _precision(terms, values.numel(), l2_sensitivity, multiplier)
+    assert precision is not None
+    noise = RoundedGaussian(precision.stddev)
+    assert noise.total_variation * values.numel() <= precision.distance, "128-bit tables are within 2^-100"
+    drawn = torch.from_numpy(noise.draw(terms.key, values.numel(), step=0, stream=0)).view(values.shape)
+    # Whole numbers below 2^52 and a power of two: exact in float64.
+    values.copy_(round_to_steps(values, precision.grid).add_(drawn).mul_(precision.grid))
+    return l2_sensitivity * multiplier
+
+
+def _precision(
+    terms: ReleaseTerms, num_values: int, l2_sensitivity: float, noise_multiplier: float | None = None
+) -> FinitePrecision | None:
+    return finite_precision(
+        terms.noise,
+        epsilon=terms.epsilon,
+        delta=terms.delta,
+        l2_clip_norm=l2_sensitivity,
+        num_parameters=num_values if terms.noise == "exact" else None,
+        num_steps=1,
+        noise_multiplier=noise_multiplier,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +174,14 @@ KINDS: Mapping[str, KindOfEvaluation] = {
 }
 
 
-def evaluation_guarantee(kind: str, *, epsilon: float, delta: float) -> Guarantee:
+def evaluation_guarantee(kind: str, *, epsilon: float, delta: float, noise: TrainingNoise) -> Guarantee:
     """Returns the five statements of a release by ``release``."""
     return Guarantee(
         neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
         privacy_unit=PrivacyUnit.EXAMPLE,
         sensitivity=KINDS[kind].sensitivity,
         public=KINDS[kind].public,
-        theorem=f"({epsilon:g}, {delta:g})-DP: one Gaussian mechanism; the figures are post-processing",
+        theorem=f"({epsilon:g}, {delta:g})-DP: one Gaussian mechanism{_ON_GRID if noise == 'exact' else ''}; the figures are "
+        "post-processing",
         source="Dwork & Roth 2014, Theorem A.1 and Proposition 2.1; Balle & Wang 2018, Theorem 8",
     )

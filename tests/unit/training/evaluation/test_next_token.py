@@ -80,3 +80,20 @@ def test_noise_that_hides_the_hold_out_leaves_the_bound() -> None:
 def test_a_release_comes_back_from_json() -> None:
     released = evaluate_language_model(torch.tensor([1.0]), torch.tensor([3]), TERMS, **BOUNDS)
     assert read_evaluation(json.loads(json.dumps(released.to_dict()))) == released
+
+
+def test_sums_are_exact_whatever_the_records_and_their_order() -> None:
+    """Float64 sums of arbitrary shares depend on the order in their last bits, and so on the records that are there."""
+    torch.manual_seed(3)
+    losses, counts = torch.rand(5000, dtype=torch.float64) * 50.0, torch.randint(1, 11, (5000,))
+    found = set()
+    for _ in range(5):
+        order = torch.randperm(5000)
+        released = evaluate_language_model(losses[order], counts[order], TERMS, **BOUNDS)
+        found.add((released.loss_sum, released.token_sum))
+    assert len(found) == 1
+    exact = evaluate_language_model(losses, counts, replace(TERMS, noise="exact"), **BOUNDS)
+    assert read_evaluation(exact.to_dict()) == exact
+    assert exact.loss_sum != released.loss_sum
+    sums = {float((losses[torch.randperm(5000)] / 50.0).sum()) for _ in range(5)}
+    assert len(sums) > 1
