@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dp_flash_attention.attention.bounds import AttentionBounds, Contexts
 from dp_flash_attention.attention.interface import PASS_ROWS
+from dp_flash_attention.attention.owners import ExcessRows, apply_owners
 from dp_flash_attention.attention.planning import MAX_PRIVATE_PASSES, AttentionPlan
-from dp_flash_attention.attention.rows import check_finite
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import NeighboringRelation
 
@@ -128,11 +127,13 @@ def check_context(
     plan: AttentionPlan,
     key_padding_mask: Tensor | None,
     record_ids: Tensor | None,
+    *,
+    excess_rows: ExcessRows = "refuse",
 ) -> Tensor | None:
     """Checks tensors against a plan and returns the hidden rows, bool [B, K] or None.
 
     Raises:
-        InvalidInputError: If shapes, numbers of rows, owners or values break what the plan was made for.
+        InvalidInputError: If shapes, numbers of rows or owners break what the plan was made for.
     """
     shape = (*query.shape, value.shape[3])
     planned = (plan.batch_size, plan.num_heads, plan.num_queries, plan.query_width, plan.value_width)
@@ -144,55 +145,24 @@ def check_context(
             remedy="Plan for the shapes that are called with.",
         )
     hidden = _checked_mask(key_padding_mask, key)
-    if plan.bounds.neighboring_relation is NeighboringRelation.REPLACE_ONE:
-        _check_row_counts(plan, key.shape[2], hidden)
-    _check_charged_rows(plan, key.shape[2])
     if record_ids is not None:
-        check_owners(record_ids, hidden, key, plan.bounds)
-    for name, rows in (("query", query), ("key", key), ("value", value)):
-        check_finite(name, rows)
+        hidden = apply_owners(record_ids, hidden, key, plan.bounds, excess_rows)
+    if plan.bounds.neighboring_relation is NeighboringRelation.REPLACE_ONE:
+        _check_row_counts(plan, key.shape[2], hidden)  # of what is left
+    _check_charged_rows(plan, key.shape[2])
     return hidden
 
 
-def check_owners(record_ids: Tensor, hidden: Tensor | None, key: Tensor, bounds: AttentionBounds) -> None:
-    """Checks that no record owns more rows of a batch entry than promised, nor rows of two disjoint contexts.
+def checked_choice(name: str, value: str, choices: tuple[str, str]) -> None:
+    """Checks what is to be done about faults in private rows.
 
     Raises:
-        InvalidInputError: If one does, or the ids have the wrong shape or dtype.
+        InvalidInputError: If it is not one of the two choices.
     """
-    batch, num_rows = key.shape[0], key.shape[2]
-    if record_ids.dtype.is_floating_point or record_ids.dtype.is_complex or record_ids.dtype is torch.bool:
+    if value not in choices:
         raise InvalidInputError(
-            "record_ids.dtype", record_ids.dtype, bound="an integer dtype", remedy="Number the owners."
+            name, value, bound=f"'{choices[0]}' or '{choices[1]}'", remedy="See docs/attention.md, 'Faults'."
         )
-    if tuple(record_ids.shape) not in ((num_rows,), (batch, num_rows)):
-        raise InvalidInputError(
-            "record_ids.shape",
-            tuple(record_ids.shape),
-            bound=f"({num_rows},) or ({batch}, {num_rows})",
-            remedy="Name the owner of every key/value row.",
-        )
-    owners = []
-    for entry, ids in enumerate(record_ids.expand(batch, num_rows)):
-        visible = ids if hidden is None else ids[~hidden[entry].to(ids.device)]
-        distinct, counts = torch.unique(visible, return_counts=True)
-        if len(counts) and int(counts.max()) > bounds.max_rows_per_record:
-            raise InvalidInputError(
-                "rows of one record",
-                int(counts.max()),
-                bound=f"at most max_rows_per_record = {bounds.max_rows_per_record} in a batch entry",
-                remedy="Keep fewer rows of each record, or promise more; nothing was computed or spent.",
-            )
-        owners.append(distinct)
-    if bounds.contexts is Contexts.DISJOINT and batch > 1:
-        together = torch.cat(owners)
-        if len(torch.unique(together)) != len(together):
-            raise InvalidInputError(
-                "record_ids",
-                "an owner in two batch entries",
-                bound="of one entry each under Contexts.DISJOINT",
-                remedy="Use Contexts.SHARED, or ids that differ between entries.",
-            )
 
 
 def _checked_mask(mask: Tensor | None, key: Tensor) -> Tensor | None:

@@ -18,12 +18,15 @@ from dp_flash_attention.attention.checks import (
     check_context,
     check_dtypes,
     check_shapes,
+    checked_choice,
     checked_out_dtype,
     refuse_tracing,
 )
 from dp_flash_attention.attention.interface import AttentionCall
+from dp_flash_attention.attention.owners import ExcessRows
 from dp_flash_attention.attention.planning import AttentionPlan, plan_attention_release
 from dp_flash_attention.attention.release import Release, assumptions_of
+from dp_flash_attention.attention.rows import NonfiniteRows, check_finite, without_broken_rows
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget
 from dp_flash_attention.noise.precision import true_float32
@@ -64,6 +67,8 @@ def dp_flash_attention(
     backend: str = "auto",
     compute_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    nonfinite_rows: NonfiniteRows = "refuse",
+    excess_rows: ExcessRows = "refuse",
 ) -> tuple[Tensor, Release]:
     """Scaled dot product attention whose output is differentially private in its key/value rows.
 
@@ -89,6 +94,12 @@ def dp_flash_attention(
         backend: A name of ``available_backends``, or ``"auto"``: the fastest that was measured for this shape.
         compute_dtype: Dtype that the kernel reads; None for the inputs'.
         out_dtype: float32, bfloat16 or float16; None for the inputs' (float32 for float64).
+        nonfinite_rows: What to do with a private row whose key or value holds a NaN or an infinity, or overflows.
+            ``"refuse"`` raises, which tells whoever sees the error one unprotected fact of the rows: for the holder of the
+            data. ``"zero"`` makes key and value of such a row zero, at the cost of a copy of both tensors, and the
+            guarantee holds for every context. Queries are public, and always refused.
+        excess_rows: What to do with rows of a record beyond ``max_rows_per_record``. ``"refuse"`` raises, with the same
+            warning where owners are private; ``"hide"`` keeps a record's first rows and hides the rest.
 
     Returns:
         The noisy output [B, H, Q, E] and its ``Release``. The output is differentiable with respect to query, key
@@ -110,7 +121,7 @@ def dp_flash_attention(
         public: queries, bounds, scale, causality, shapes; under replace-one also masks and record ids.
         theorem: the output is μ-GDP, hence (ε, δ(ε))-DP (Gaussian mechanism, Dong, Roth & Su 2022, Theorem 2.7).
             Rounding to ``out_dtype`` follows the noise and is post-processing.
-        source: docs/attention.md, Theorems 1 to 5.
+        source: docs/attention.md, Theorems 1 to 6.
     """
     refuse_tracing()
     check_shapes(query, key, value, enable_gqa=enable_gqa)
@@ -143,6 +154,8 @@ def dp_flash_attention(
         call_id=call_id,
         backend=backend,
         out_dtype=out_dtype,
+        nonfinite_rows=nonfinite_rows,
+        excess_rows=excess_rows,
     )
 
 
@@ -159,6 +172,8 @@ def release_attention(
     call_id: int | None = None,
     backend: str = "auto",
     out_dtype: torch.dtype | None = None,
+    nonfinite_rows: NonfiniteRows = "refuse",
+    excess_rows: ExcessRows = "refuse",
 ) -> tuple[Tensor, Release]:
     """Runs a planned call; arguments, errors and guarantees are those of ``dp_flash_attention``.
 
@@ -168,12 +183,20 @@ def release_attention(
         InvalidInputError: As there, and if the tensors do not have the plan's shapes.
     """
     refuse_tracing()
+    checked_choice("nonfinite_rows", nonfinite_rows, ("refuse", "zero"))
+    checked_choice("excess_rows", excess_rows, ("refuse", "hide"))
     check_shapes(query, key, value, enable_gqa=True)
     check_dtypes(query, key, value, plan.compute_dtype)
     out_type = checked_out_dtype(out_dtype, query.dtype)
     # What is checked is what is computed with: a large number may become infinite in a narrower dtype.
     query, key, value = (rows.to(plan.compute_dtype) for rows in (query, key, value))
-    hidden = check_context(query, key, value, plan, key_padding_mask, record_ids)
+    hidden = check_context(query, key, value, plan, key_padding_mask, record_ids, excess_rows=excess_rows)
+    check_finite("query", query)
+    if nonfinite_rows == "zero":
+        key, value = without_broken_rows(key, value)
+    else:
+        check_finite("key", key)
+        check_finite("value", value)
     call = AttentionCall(
         query=query,
         key=key,
@@ -211,7 +234,11 @@ def release_attention(
         noise=noise.name,
         uses_test_key=noise.uses_test_key,
         assumptions=assumptions_of(
-            plan.bounds, has_record_ids=record_ids is not None, noise=noise.name, dtype=plan.compute_dtype
+            plan.bounds,
+            has_record_ids=record_ids is not None,
+            noise=noise.name,
+            dtype=plan.compute_dtype,
+            may_refuse_rows=nonfinite_rows == "refuse",
         ),
     )
     return output, release
