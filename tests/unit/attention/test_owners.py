@@ -1,5 +1,6 @@
 """Owners of rows: a record is seen in no more rows than promised, and what is hidden is nobody else's business."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -145,3 +146,18 @@ def test_rows_that_are_hidden_do_not_count_as_promised_ones():
 def test_no_rows_at_all_have_no_owners():
     ids = torch.zeros(0, dtype=torch.long)
     assert hide(ids).shape == (2, 0)
+
+
+def test_disjoint_contexts_are_checked_and_cost_one_entry():
+    tensors = [torch.randn(2, 1, count, 4) for count in (3, NUM_ROWS, NUM_ROWS)]
+    ids = torch.arange(2 * NUM_ROWS).view(2, NUM_ROWS)
+
+    def plan_of(contexts, owners):
+        return dp_flash_attention(
+            *tensors, bounds=bounds(contexts=contexts), noise=CallNoise(TestKey(1)), mu=1.0, record_ids=owners
+        )[1].plan
+
+    shared, apart = plan_of(Contexts.SHARED, ids), plan_of(Contexts.DISJOINT, ids)
+    assert torch.allclose(shared.stddev, apart.stddev * math.sqrt(2.0), rtol=1e-6)
+    with pytest.raises(InvalidInputError, match="two batch entries"):
+        plan_of(Contexts.DISJOINT, ids[0])
