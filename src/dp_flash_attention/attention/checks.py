@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dp_flash_attention.attention.bounds import Contexts
 from dp_flash_attention.attention.interface import PASS_ROWS
 from dp_flash_attention.attention.owners import ExcessRows, apply_owners
 from dp_flash_attention.attention.planning import MAX_PRIVATE_PASSES, AttentionPlan
@@ -31,6 +33,49 @@ def refuse_tracing() -> None:
         )
 
 
+def refuse_transforms() -> None:
+    """Refuses to run under ``torch.func`` (``vmap``, ``grad``, ``jvp`` …) or in forward-mode differentiation.
+
+    One call would stand for many, and all of them would get its noise; derivatives forward have none at all.
+
+    Raises:
+        InvalidInputError: If a transform is active.
+    """
+    in_func = torch._C._functorch.peek_interpreter_stack() is not None
+    if in_func or torch.autograd.forward_ad._current_level >= 0:
+        raise InvalidInputError(
+            "the call",
+            "inside a transform of torch.func, or forward-mode differentiation",
+            bound="outside of them",
+            remedy="Make one call with a batch dimension, or differentiate with torch.autograd.grad; nothing was spent.",
+        )
+
+
+def check_plan(plan: AttentionPlan) -> None:
+    """Checks that a plan's deviations still are those that its μ was computed from: a tensor can be written to.
+
+    Raises:
+        InvalidInputError: If the noise would be too small for the plan's μ.
+    """
+    entries = len(plan.sensitivity)
+    stddev = plan.stddev if entries > 1 else plan.stddev[:1]
+    ratio = plan.sensitivity[:, None, :] / stddev.numpy().astype(np.float64)
+    by_entry = np.square(ratio).sum(axis=(1, 2))
+    if plan.bounds.contexts is Contexts.DISJOINT:
+        spent = by_entry.max()
+    else:
+        spent = by_entry.sum() * (plan.batch_size if entries == 1 else 1)
+    shape = (plan.batch_size, plan.num_heads, plan.num_queries)
+    # The plan's deviations are rounded up by more than these sums lose; a NaN fails too.
+    if tuple(plan.stddev.shape) != shape or not spent <= plan.mu * plan.mu * (1.0 + 1e-9):
+        raise InvalidInputError(
+            "plan.stddev",
+            "changed since it was planned",
+            bound=f"such that the call is {plan.mu:.6g}-GDP",
+            remedy="Make a new plan, and leave it as it is.",
+        )
+
+
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool) -> None:
     """Checks that the three are [B, H, Q, D], [B, G, K, D] and [B, G, K, E] on one device.
 
@@ -38,13 +83,15 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool)
         InvalidInputError: If not.
     """
     for name, rows in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(rows, Tensor) or rows.ndim != 4 or rows.layout is not torch.strided:
-            shown = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        # A class of its own sees, and may change, what is computed with it.
+        is_plain = type(rows) in (Tensor, nn.Parameter)
+        if not is_plain or rows.ndim != 4 or rows.layout is not torch.strided:
+            shown = tuple(rows.shape) if is_plain else type(rows).__name__
             raise InvalidInputError(
                 name,
                 shown,
-                bound="a dense tensor [batch, heads, rows, width]",
-                remedy="Add the missing dimensions.",
+                bound="a plain dense tensor [batch, heads, rows, width]",
+                remedy="Add the missing dimensions, or pass rows.as_subclass(torch.Tensor).",
             )
     batch, num_heads, num_queries, width = query.shape
     groups, num_rows = key.shape[1:3]

@@ -17,10 +17,12 @@ from dp_flash_attention.attention.calls import CallNoise
 from dp_flash_attention.attention.checks import (
     check_context,
     check_dtypes,
+    check_plan,
     check_shapes,
     checked_choice,
     checked_out_dtype,
     refuse_tracing,
+    refuse_transforms,
 )
 from dp_flash_attention.attention.interface import AttentionCall
 from dp_flash_attention.attention.owners import ExcessRows
@@ -124,6 +126,7 @@ def dp_flash_attention(
         source: docs/attention.md, Theorems 1 to 6.
     """
     refuse_tracing()
+    refuse_transforms()
     check_shapes(query, key, value, enable_gqa=enable_gqa)
     dtype = check_dtypes(query, key, value, compute_dtype)
     plan = plan_attention_release(
@@ -183,8 +186,10 @@ def release_attention(
         InvalidInputError: As there, and if the tensors do not have the plan's shapes.
     """
     refuse_tracing()
+    refuse_transforms()
     checked_choice("nonfinite_rows", nonfinite_rows, ("refuse", "zero"))
     checked_choice("excess_rows", excess_rows, ("refuse", "hide"))
+    check_plan(plan)
     check_shapes(query, key, value, enable_gqa=True)
     check_dtypes(query, key, value, plan.compute_dtype)
     out_type = checked_out_dtype(out_dtype, query.dtype)

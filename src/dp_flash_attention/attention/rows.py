@@ -81,8 +81,12 @@ def clip_rows(rows: Tensor, threshold: float) -> Tensor:
 
 
 def clip_rows_into(rows: Tensor, threshold: float, out: Tensor) -> Tensor:
-    """Writes what ``clip_rows`` returns to ``out``, of the same shape and dtype, without gradient; returns it."""
-    return torch.mul(rows, _factor(rows, threshold), out=out)
+    """Writes what ``clip_rows`` returns to ``out``, of the same shape and dtype, without gradient; returns it.
+
+    Rows are read once: what is measured is what is scaled, even if another thread writes to them meanwhile.
+    """
+    out.copy_(rows)
+    return out.mul_(_factor(out, threshold))
 
 
 def _factor(rows: Tensor, threshold: float) -> Tensor:

@@ -9,6 +9,7 @@ from dp_flash_attention.accounting import GaussianFilter
 from dp_flash_attention.attention import (
     AttentionBounds,
     CallNoise,
+    Contexts,
     dp_flash_attention,
     plan_attention_release,
     release_attention,
@@ -137,3 +138,81 @@ def test_a_plan_is_for_its_shapes():
             release_attention(*other, plan=plan, noise=noise())
     with pytest.raises(InvalidInputError, match="rounding was charged"):
         release_attention(*rows(keys=40), plan=plan, noise=noise())
+
+
+def test_a_plan_whose_deviations_were_made_smaller_is_refused():
+    """Its release claimed the planned μ."""
+    for contexts in Contexts:
+        for counts in (NUM_ROWS, (NUM_ROWS, 20)):
+            plan = plan_attention_release(
+                bounds(contexts=contexts, num_rows=counts), num_queries=6, query_width=8, num_heads=4, batch_size=2, mu=1.0
+            )  # fmt: skip
+            release_attention(*rows(), plan=plan, noise=noise())
+            plan.stddev[0].mul_(0.999)  # both entries where they share their numbers
+            source = noise()
+            with pytest.raises(InvalidInputError, match="changed since it was planned"):
+                release_attention(*rows(), plan=plan, noise=source)
+            assert source.next_call == 0
+    with pytest.raises(ValueError, match="read-only"):
+        plan.sensitivity[0, 0] = 0.0
+
+
+@pytest.mark.parametrize("value_norm", [1e20, 1e30])
+def test_noise_beyond_the_generator_is_refused_before_it_is_paid_for(value_norm):
+    gate, source = GaussianFilter(PrivacyBudget(epsilon=2.0, delta=1e-6)), noise()
+    with pytest.raises(InvalidInputError, match="stddev"):
+        dp_flash_attention(
+            *rows(), bounds=bounds(value_norm=value_norm), noise=source, mu=0.1, privacy_filter=gate
+        )
+    assert (gate.num_releases, source.next_call) == (0, 0)
+
+
+TRANSFORMS = {
+    "vmap over keys": lambda call, q, k, v: torch.vmap(lambda each: call(q, each, v), randomness="different")(
+        k.expand(2, -1, -1, -1, -1)
+    ),
+    "func.grad": lambda call, q, k, v: torch.func.grad(lambda each: call(each, k, v).sum())(q),
+    "func.jvp": lambda call, q, k, v: torch.func.jvp(lambda each: call(each, k, v), (q,), (q,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch, when it loads its rules
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_that_would_share_or_lose_the_noise_are_refused(transform):
+    """Two of them failed when the call was paid for, and the third returned derivatives of nothing."""
+    gate, source = GaussianFilter(PrivacyBudget(epsilon=2.0, delta=1e-6)), noise()
+
+    def call(*tensors):
+        settings = {"bounds": bounds(), "noise": source, "mu": 0.1, "privacy_filter": gate}
+        return dp_flash_attention(*tensors, nonfinite_rows="zero", **settings)[0]
+
+    with pytest.raises(InvalidInputError, match=r"torch\.func"):
+        TRANSFORMS[transform](call, *rows())
+    assert (gate.num_releases, source.next_call) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch, when it loads its rules
+def test_forward_mode_differentiation_is_refused():
+    from torch.autograd import forward_ad
+
+    query, key, value = rows()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(InvalidInputError, match="forward-mode"):
+            dp_flash_attention(dual, key, value, bounds=bounds(), noise=noise(), mu=0.1)
+
+
+class Looking(torch.Tensor):
+    """Gets to see every intermediate result of what it is passed to."""
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_classes_that_see_intermediate_results_are_refused(which):
+    tensors = list(rows())
+    tensors[which] = tensors[which].as_subclass(Looking)
+    source = noise()
+    with pytest.raises(InvalidInputError, match="Looking"):
+        dp_flash_attention(*tensors, bounds=bounds(), noise=source, mu=0.1)
+    assert source.next_call == 0
+    tensors[which] = torch.nn.Parameter(tensors[which].as_subclass(torch.Tensor))
+    dp_flash_attention(*tensors, bounds=bounds(), noise=source, mu=0.1)
