@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dp_flash_attention.attention.bounds import AttentionBounds, Contexts
+from dp_flash_attention.attention.bounds import Contexts
 from dp_flash_attention.attention.interface import PASS_ROWS
+from dp_flash_attention.attention.owners import ExcessRows, apply_owners
 from dp_flash_attention.attention.planning import MAX_PRIVATE_PASSES, AttentionPlan
-from dp_flash_attention.attention.rows import check_finite
 from dp_flash_attention.core.errors import InvalidInputError, NoiseReuseError
 from dp_flash_attention.core.privacy import NeighboringRelation
 
@@ -32,6 +33,49 @@ def refuse_tracing() -> None:
         )
 
 
+def refuse_transforms() -> None:
+    """Refuses to run under ``torch.func`` (``vmap``, ``grad``, ``jvp`` …) or in forward-mode differentiation.
+
+    One call would stand for many, and all of them would get its noise; derivatives forward have none at all.
+
+    Raises:
+        InvalidInputError: If a transform is active.
+    """
+    in_func = torch._C._functorch.peek_interpreter_stack() is not None
+    if in_func or torch.autograd.forward_ad._current_level >= 0:
+        raise InvalidInputError(
+            "the call",
+            "inside a transform of torch.func, or forward-mode differentiation",
+            bound="outside of them",
+            remedy="Make one call with a batch dimension, or differentiate with torch.autograd.grad; nothing was spent.",
+        )
+
+
+def check_plan(plan: AttentionPlan) -> None:
+    """Checks that a plan's deviations still are those that its μ was computed from: a tensor can be written to.
+
+    Raises:
+        InvalidInputError: If the noise would be too small for the plan's μ.
+    """
+    entries = len(plan.sensitivity)
+    stddev = plan.stddev if entries > 1 else plan.stddev[:1]
+    ratio = plan.sensitivity[:, None, :] / stddev.numpy().astype(np.float64)
+    by_entry = np.square(ratio).sum(axis=(1, 2))
+    if plan.bounds.contexts is Contexts.DISJOINT:
+        spent = by_entry.max()
+    else:
+        spent = by_entry.sum() * (plan.batch_size if entries == 1 else 1)
+    shape = (plan.batch_size, plan.num_heads, plan.num_queries)
+    # The plan's deviations are rounded up by more than these sums lose; a NaN fails too.
+    if tuple(plan.stddev.shape) != shape or not spent <= plan.mu * plan.mu * (1.0 + 1e-9):
+        raise InvalidInputError(
+            "plan.stddev",
+            "changed since it was planned",
+            bound=f"such that the call is {plan.mu:.6g}-GDP",
+            remedy="Make a new plan, and leave it as it is.",
+        )
+
+
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool) -> None:
     """Checks that the three are [B, H, Q, D], [B, G, K, D] and [B, G, K, E] on one device.
 
@@ -39,13 +83,15 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool)
         InvalidInputError: If not.
     """
     for name, rows in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(rows, Tensor) or rows.ndim != 4 or rows.layout is not torch.strided:
-            shown = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        # A class of its own sees, and may change, what is computed with it.
+        is_plain = type(rows) in (Tensor, nn.Parameter)
+        if not is_plain or rows.ndim != 4 or rows.layout is not torch.strided:
+            shown = tuple(rows.shape) if is_plain else type(rows).__name__
             raise InvalidInputError(
                 name,
                 shown,
-                bound="a dense tensor [batch, heads, rows, width]",
-                remedy="Add the missing dimensions.",
+                bound="a plain dense tensor [batch, heads, rows, width]",
+                remedy="Add the missing dimensions, or pass rows.as_subclass(torch.Tensor).",
             )
     batch, num_heads, num_queries, width = query.shape
     groups, num_rows = key.shape[1:3]
@@ -128,11 +174,13 @@ def check_context(
     plan: AttentionPlan,
     key_padding_mask: Tensor | None,
     record_ids: Tensor | None,
+    *,
+    excess_rows: ExcessRows = "refuse",
 ) -> Tensor | None:
     """Checks tensors against a plan and returns the hidden rows, bool [B, K] or None.
 
     Raises:
-        InvalidInputError: If shapes, numbers of rows, owners or values break what the plan was made for.
+        InvalidInputError: If shapes, numbers of rows or owners break what the plan was made for.
     """
     shape = (*query.shape, value.shape[3])
     planned = (plan.batch_size, plan.num_heads, plan.num_queries, plan.query_width, plan.value_width)
@@ -144,55 +192,24 @@ def check_context(
             remedy="Plan for the shapes that are called with.",
         )
     hidden = _checked_mask(key_padding_mask, key)
-    if plan.bounds.neighboring_relation is NeighboringRelation.REPLACE_ONE:
-        _check_row_counts(plan, key.shape[2], hidden)
-    _check_charged_rows(plan, key.shape[2])
     if record_ids is not None:
-        check_owners(record_ids, hidden, key, plan.bounds)
-    for name, rows in (("query", query), ("key", key), ("value", value)):
-        check_finite(name, rows)
+        hidden = apply_owners(record_ids, hidden, key, plan.bounds, excess_rows)
+    if plan.bounds.neighboring_relation is NeighboringRelation.REPLACE_ONE:
+        _check_row_counts(plan, key.shape[2], hidden)  # of what is left
+    _check_charged_rows(plan, key.shape[2])
     return hidden
 
 
-def check_owners(record_ids: Tensor, hidden: Tensor | None, key: Tensor, bounds: AttentionBounds) -> None:
-    """Checks that no record owns more rows of a batch entry than promised, nor rows of two disjoint contexts.
+def checked_choice(name: str, value: str, choices: tuple[str, str]) -> None:
+    """Checks what is to be done about faults in private rows.
 
     Raises:
-        InvalidInputError: If one does, or the ids have the wrong shape or dtype.
+        InvalidInputError: If it is not one of the two choices.
     """
-    batch, num_rows = key.shape[0], key.shape[2]
-    if record_ids.dtype.is_floating_point or record_ids.dtype.is_complex or record_ids.dtype is torch.bool:
+    if value not in choices:
         raise InvalidInputError(
-            "record_ids.dtype", record_ids.dtype, bound="an integer dtype", remedy="Number the owners."
+            name, value, bound=f"'{choices[0]}' or '{choices[1]}'", remedy="See docs/attention.md, 'Faults'."
         )
-    if tuple(record_ids.shape) not in ((num_rows,), (batch, num_rows)):
-        raise InvalidInputError(
-            "record_ids.shape",
-            tuple(record_ids.shape),
-            bound=f"({num_rows},) or ({batch}, {num_rows})",
-            remedy="Name the owner of every key/value row.",
-        )
-    owners = []
-    for entry, ids in enumerate(record_ids.expand(batch, num_rows)):
-        visible = ids if hidden is None else ids[~hidden[entry].to(ids.device)]
-        distinct, counts = torch.unique(visible, return_counts=True)
-        if len(counts) and int(counts.max()) > bounds.max_rows_per_record:
-            raise InvalidInputError(
-                "rows of one record",
-                int(counts.max()),
-                bound=f"at most max_rows_per_record = {bounds.max_rows_per_record} in a batch entry",
-                remedy="Keep fewer rows of each record, or promise more; nothing was computed or spent.",
-            )
-        owners.append(distinct)
-    if bounds.contexts is Contexts.DISJOINT and batch > 1:
-        together = torch.cat(owners)
-        if len(torch.unique(together)) != len(together):
-            raise InvalidInputError(
-                "record_ids",
-                "an owner in two batch entries",
-                bound="of one entry each under Contexts.DISJOINT",
-                remedy="Use Contexts.SHARED, or ids that differ between entries.",
-            )
 
 
 def _checked_mask(mask: Tensor | None, key: Tensor) -> Tensor | None:

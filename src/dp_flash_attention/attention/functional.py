@@ -17,14 +17,19 @@ from dp_flash_attention.attention.calls import CallNoise
 from dp_flash_attention.attention.checks import (
     check_context,
     check_dtypes,
+    check_plan,
     check_shapes,
+    checked_choice,
     checked_out_dtype,
     refuse_tracing,
+    refuse_transforms,
 )
 from dp_flash_attention.attention.finite_precision import checked_steps
 from dp_flash_attention.attention.interface import AttentionCall
+from dp_flash_attention.attention.owners import ExcessRows
 from dp_flash_attention.attention.planning import AttentionPlan, plan_attention_release
 from dp_flash_attention.attention.release import Release, assumptions_of
+from dp_flash_attention.attention.rows import NonfiniteRows, check_finite, without_broken_rows
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget
 from dp_flash_attention.noise.precision import true_float32
@@ -68,6 +73,8 @@ def dp_flash_attention(
     backend: str = "auto",
     compute_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    nonfinite_rows: NonfiniteRows = "refuse",
+    excess_rows: ExcessRows = "refuse",
 ) -> tuple[Tensor, Release]:
     """Scaled dot product attention whose output is differentially private in its key/value rows.
 
@@ -94,6 +101,12 @@ def dp_flash_attention(
         backend: A name of ``available_backends``, or ``"auto"``: the fastest that was measured for this shape.
         compute_dtype: Dtype that the kernel reads; None for the inputs'.
         out_dtype: float32, bfloat16 or float16; None for the inputs' (float32 for float64).
+        nonfinite_rows: What to do with a private row whose key or value holds a NaN or an infinity, or overflows.
+            ``"refuse"`` raises, which tells whoever sees the error one unprotected fact of the rows: for the holder of the
+            data. ``"zero"`` makes key and value of such a row zero, at the cost of a copy of both tensors, and the
+            guarantee holds for every context. Queries are public, and always refused.
+        excess_rows: What to do with rows of a record beyond ``max_rows_per_record``. ``"refuse"`` raises, with the same
+            warning where owners are private; ``"hide"`` keeps a record's first rows and hides the rest.
 
     Returns:
         The noisy output [B, H, Q, E] and its ``Release``. The output is differentiable with respect to query, key
@@ -116,9 +129,10 @@ def dp_flash_attention(
         theorem: the output is μ-GDP, hence (ε, δ(ε))-DP (Gaussian mechanism, Dong, Roth & Su 2022, Theorem 2.7).
             Rounding to ``out_dtype`` follows the noise and is post-processing. With noise ``"exact"`` it is within
             ``plan.distance`` of that, on the numbers that really come out (Theorem 6).
-        source: docs/attention.md, Theorems 1 to 6.
+        source: docs/attention.md, Theorems 1 to 7.
     """
     refuse_tracing()
+    refuse_transforms()
     check_shapes(query, key, value, enable_gqa=enable_gqa)
     dtype = check_dtypes(query, key, value, compute_dtype)
     plan = plan_attention_release(
@@ -150,6 +164,8 @@ def dp_flash_attention(
         call_id=call_id,
         backend=backend,
         out_dtype=out_dtype,
+        nonfinite_rows=nonfinite_rows,
+        excess_rows=excess_rows,
     )
 
 
@@ -166,6 +182,8 @@ def release_attention(
     call_id: int | None = None,
     backend: str = "auto",
     out_dtype: torch.dtype | None = None,
+    nonfinite_rows: NonfiniteRows = "refuse",
+    excess_rows: ExcessRows = "refuse",
 ) -> tuple[Tensor, Release]:
     """Runs a planned call; arguments, errors and guarantees are those of ``dp_flash_attention``.
 
@@ -176,13 +194,23 @@ def release_attention(
             noise.
     """
     refuse_tracing()
+    refuse_transforms()
+    checked_choice("nonfinite_rows", nonfinite_rows, ("refuse", "zero"))
+    checked_choice("excess_rows", excess_rows, ("refuse", "hide"))
     steps = checked_steps(plan.precision, noise.name)
+    check_plan(plan)
     check_shapes(query, key, value, enable_gqa=True)
     check_dtypes(query, key, value, plan.compute_dtype)
     out_type = checked_out_dtype(out_dtype, query.dtype)
     # What is checked is what is computed with: a large number may become infinite in a narrower dtype.
     query, key, value = (rows.to(plan.compute_dtype) for rows in (query, key, value))
-    hidden = check_context(query, key, value, plan, key_padding_mask, record_ids)
+    hidden = check_context(query, key, value, plan, key_padding_mask, record_ids, excess_rows=excess_rows)
+    check_finite("query", query)
+    if nonfinite_rows == "zero":
+        key, value = without_broken_rows(key, value)
+    else:
+        check_finite("key", key)
+        check_finite("value", value)
     call = AttentionCall(
         query=query,
         key=key,
@@ -227,6 +255,7 @@ def release_attention(
             cipher=noise.cipher,
             vouched=noise.vouched,
             dtype=plan.compute_dtype,
+            may_refuse_rows=nonfinite_rows == "refuse",
         ),
     )
     return output, release

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from dp_flash_attention.attention.bounds import AttentionBounds
 from dp_flash_attention.attention.calls import CallNoise
 from dp_flash_attention.attention.functional import ReleaseFilter, dp_flash_attention
+from dp_flash_attention.attention.owners import ExcessRows
 from dp_flash_attention.attention.release import Release
+from dp_flash_attention.attention.rows import NonfiniteRows
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import PrivacyBudget
 from dp_flash_attention.core.validation import positive_int
@@ -40,6 +42,8 @@ class DPFlashAttention(nn.Module):
         head_epsilons: See ``plan_attention_release``.
         head_importance: See ``plan_attention_release``.
         backend: See ``dp_flash_attention``.
+        nonfinite_rows: See ``dp_flash_attention``; it looks at projected rows.
+        excess_rows: See ``dp_flash_attention``.
 
     Raises:
         InvalidInputError: If ``num_heads`` does not divide ``embed_dim``.
@@ -76,6 +80,8 @@ class DPFlashAttention(nn.Module):
         head_epsilons: Sequence[float] | None = None,
         head_importance: Sequence[float] | None = None,
         backend: str = "auto",
+        nonfinite_rows: NonfiniteRows = "refuse",
+        excess_rows: ExcessRows = "refuse",
     ) -> None:
         super().__init__()
         self.embed_dim = positive_int("embed_dim", embed_dim, remedy="It is the width of the queries.")
@@ -99,6 +105,7 @@ class DPFlashAttention(nn.Module):
         self.budget, self.mu = budget, mu
         self.head_epsilons, self.head_importance = head_epsilons, head_importance
         self.backend = backend
+        self.nonfinite_rows, self.excess_rows = nonfinite_rows, excess_rows
         # Parameters, their names and their first values are torch's, so that its state_dict loads as it is.
         pattern = nn.MultiheadAttention(embed_dim, num_heads, bias=bias, kdim=kdim, vdim=vdim)
         for name in _PARAMETERS:
@@ -118,6 +125,8 @@ class DPFlashAttention(nn.Module):
         head_epsilons: Sequence[float] | None = None,
         head_importance: Sequence[float] | None = None,
         backend: str = "auto",
+        nonfinite_rows: NonfiniteRows = "refuse",
+        excess_rows: ExcessRows = "refuse",
     ) -> DPFlashAttention:
         """Returns a private module with copies of an attention's weights, which have to be public.
 
@@ -146,6 +155,8 @@ class DPFlashAttention(nn.Module):
             head_epsilons=head_epsilons,
             head_importance=head_importance,
             backend=backend,
+            nonfinite_rows=nonfinite_rows,
+            excess_rows=excess_rows,
         )
         made.load_state_dict(attention.state_dict())
         return made.to(attention.out_proj.weight)
@@ -201,6 +212,8 @@ class DPFlashAttention(nn.Module):
             head_importance=self.head_importance,
             call_id=call_id,
             backend=self.backend,
+            nonfinite_rows=self.nonfinite_rows,
+            excess_rows=self.excess_rows,
         )
         mixed: Tensor = self.out_proj(output.transpose(1, 2).flatten(2).to(query.dtype))
         return (mixed if self.batch_first else mixed.transpose(0, 1)), release

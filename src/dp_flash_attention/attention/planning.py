@@ -31,6 +31,7 @@ from dp_flash_attention.attention.sensitivity import (
 from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.core.privacy import NeighboringRelation, PrivacyBudget
 from dp_flash_attention.core.validation import positive_finite, positive_int
+from dp_flash_attention.noise.targets import checked_stddev
 
 MAX_PRIVATE_PASSES = 512
 """Passes that are charged for where the number of rows is private: up to 524,288 rows."""
@@ -206,6 +207,11 @@ def plan_attention_release(
         # (Δ + γ·√E·c)/σ is a row's share of μ for this σ.
         factors = factors / (1.0 - precision.rounding * factors)
     spread = sensitivity[:, None, :] * factors[None, :, None] * _STDDEV_UPWARD
+    for extreme in (spread.min(), spread.max()):
+        checked_stddev(
+            float(extreme), torch.float32
+        )  # the generator would refuse it when the call is paid for
+    sensitivity.setflags(write=False)
     stddev = torch.from_numpy(_float32_up(spread)).expand(batch_size, -1, -1)
     if precision is not None:
         check_range(precision, value_norm=bounds.value_norm, smallest_stddev=float(stddev.min()))

@@ -109,7 +109,7 @@ def guarantee_of(plan: AttentionPlan) -> Guarantee:
         public=(*_public(bounds), *(() if plan.precision is None else ("grids of the output rows",))),
         theorem=f"Gaussian mechanism, sqrt(sum of squared sensitivity over noise) = {plan.mu:.6g} over all rows and heads: "
         f"{plan.mu:.6g}-GDP{_nearness(plan)}",
-        source="docs/attention.md, Theorems 1 to 6; Dong, Roth & Su 2022, Theorem 2.7 and Corollary 3.3",
+        source="docs/attention.md, Theorems 1 to 7; Dong, Roth & Su 2022, Theorem 2.7 and Corollary 3.3",
     )
 
 
@@ -136,6 +136,7 @@ def assumptions_of(
     cipher: Cipher,
     vouched: Sequence[str],
     dtype: torch.dtype,
+    may_refuse_rows: bool,
 ) -> tuple[str, ...]:
     """Returns what a release with these settings takes for granted."""
     found = [_ROWS]
@@ -147,7 +148,6 @@ def assumptions_of(
         found.append("no record has rows in two batch entries (no record_ids)")
     if bounds.neighboring_relation is NeighboringRelation.REPLACE_ONE:
         found.append("the number, places and owners of rows, and the padding mask, are public")
-        found.append("refusals of rows that are not finite are not observed")
     else:
         found.append(
             "time, memory, errors and the choice of back end, which depend on the number of rows, are not observed"
@@ -155,6 +155,8 @@ def assumptions_of(
         found.append(
             "under a causal mask a removed record's rows become hidden: other rows keep their positions"
         )
+    if may_refuse_rows:
+        found.append("refusals of rows that are not finite are not observed (nonfinite_rows='zero' has none)")
     if bounds.rounding is None:
         found.append("scores, weights and sums are exact: rounding is not charged for")
     else:

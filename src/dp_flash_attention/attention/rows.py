@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from dp_flash_attention.core.errors import InvalidInputError
+
+NonfiniteRows = Literal["refuse", "zero"]
+"""What happens to private rows that hold a NaN, an infinity, or numbers whose norm overflows."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,14 +30,41 @@ def check_finite(name: str, rows: Tensor) -> None:
     Raises:
         InvalidInputError: If not. The message names the tensor and nothing of its values.
     """
-    # A NaN, an infinity or a sum of squares beyond the range makes the norm NaN or infinite.
-    if not bool(torch.isfinite(row_norms(rows.detach())).all()):
+    if not bool(has_finite_norm(rows).all()):
         raise InvalidInputError(
             name,
             "a tensor with a NaN, an infinity or a norm beyond float32",
             bound="finite, with row norms below 1.8e19",
-            remedy="Remove or repair such rows; nothing was computed or spent.",
+            remedy="Remove or repair such rows, or pass nonfinite_rows='zero'; nothing was computed or spent."
+            if name != "query"
+            else "Remove or repair such rows; nothing was computed or spent.",
         )
+
+
+def has_finite_norm(rows: Tensor) -> Tensor:
+    """Returns for every row of [..., D] whether it has a norm, bool [..., 1]."""
+    # A NaN, an infinity or a sum of squares beyond the range makes the norm NaN or infinite.
+    return torch.isfinite(row_norms(rows.detach()))
+
+
+def without_broken_rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns copies in which every broken row is zero, its key and its value, in all heads.
+
+    A row is broken if its key or its value, in any head, holds a NaN or an infinity or has a norm beyond the working
+    dtype. The copies are made whether or not a row is broken, so that time does not tell.
+
+    Args:
+        key: [B, G, K, D].
+        value: [B, G, K, E].
+
+    Guarantees:
+        Row by row a function of that row alone. So contexts that differ by one record still do, and every
+        row has a norm: what holds for finite contexts holds for all. Theorem 7 of docs/attention.md.
+    """
+    whole = (has_finite_norm(key) & has_finite_norm(value)).all(dim=1, keepdim=True)
+    zero = key.new_zeros(())
+    # A product with 0 would keep a NaN.
+    return torch.where(whole, key, zero), torch.where(whole, value, zero)
 
 
 def clip_rows(rows: Tensor, threshold: float) -> Tensor:
@@ -49,8 +81,12 @@ def clip_rows(rows: Tensor, threshold: float) -> Tensor:
 
 
 def clip_rows_into(rows: Tensor, threshold: float, out: Tensor) -> Tensor:
-    """Writes what ``clip_rows`` returns to ``out``, of the same shape and dtype, without gradient; returns it."""
-    return torch.mul(rows, _factor(rows, threshold), out=out)
+    """Writes what ``clip_rows`` returns to ``out``, of the same shape and dtype, without gradient; returns it.
+
+    Rows are read once: what is measured is what is scaled, even if another thread writes to them meanwhile.
+    """
+    out.copy_(rows)
+    return out.mul_(_factor(out, threshold))
 
 
 def _factor(rows: Tensor, threshold: float) -> Tensor:

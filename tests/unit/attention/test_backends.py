@@ -140,3 +140,19 @@ def test_flex_attention_gets_its_masks_and_gives_its_log_sum_exp(monkeypatch):
         )
         assert found is None
     assert "flex" not in available_backends("cpu")
+
+
+def test_a_back_end_that_is_not_installed_raises_by_name(monkeypatch):
+    registry._load_triton.cache_clear()
+    monkeypatch.setattr(
+        "dp_flash_attention.attention.backends.registry.importlib.import_module",
+        lambda name: (_ for _ in ()).throw(ImportError("no triton")),
+    )
+    rows = torch.randn(1, 1, 4, 8)
+    bounds = AttentionBounds(query_norm=1.0, key_norm=1.0, value_norm=1.0, num_rows=4)
+    assert "triton" not in available_backends()
+    with pytest.raises(DependencyMissingError, match="triton"):
+        dp_flash_attention(
+            rows, rows, rows, bounds=bounds, noise=CallNoise(TestKey(1)), mu=1.0, backend="triton"
+        )
+    registry._load_triton.cache_clear()

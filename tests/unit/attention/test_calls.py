@@ -1,6 +1,9 @@
-"""Call numbers under concurrency: who pays gets the number, and who does not get it does not pay."""
+"""Call numbers: used once, by one process; who pays gets the number, and who does not get it does not pay."""
 
 import contextlib
+import copy
+import os
+import pickle
 import threading
 
 import pytest
@@ -69,3 +72,27 @@ def test_a_number_that_could_not_be_paid_for_stays_free():
     assert source.next_call == 6
     with pytest.raises(NoiseReuseError, match="call_id"):
         source.claim(5)
+
+
+def test_a_number_is_used_once():
+    source = CallNoise(TestKey("once"))
+    tensors = [torch.randn(1, 1, 8, 4) for _ in range(3)]
+    bounds = AttentionBounds(query_norm=1.0, key_norm=1.0, value_norm=1.0, num_rows=8)
+    for number in (0, 7):
+        dp_flash_attention(*tensors, bounds=bounds, noise=source, mu=0.5, call_id=number)
+    for number in (0, 3, 7):
+        with pytest.raises(NoiseReuseError, match="call_id"):
+            dp_flash_attention(*tensors, bounds=bounds, noise=source, mu=0.5, call_id=number)
+    assert dp_flash_attention(*tensors, bounds=bounds, noise=source, mu=0.5)[1].call_id == 8
+
+
+def test_call_numbers_cannot_be_copied_to_another_process(monkeypatch):
+    source = CallNoise(TestKey("copied"))
+    for copying in (copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="CallNoise"):
+            copying(source)
+    assert copy.deepcopy(source) is source
+    assert "next_call=0" in repr(source)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(NoiseReuseError, match="process"):
+        source.claim()

@@ -126,3 +126,16 @@ def test_what_cannot_be_planned_is_refused(changes, said):
     given = {"bounds": bounds(), "num_queries": 3, "query_width": 8, "num_heads": 2, "mu": 1.0, **changes}
     with pytest.raises(InvalidInputError, match=said):
         plan_attention_release(given.pop("bounds"), **given)
+
+
+def test_head_budgets_compose():
+    budget = PrivacyBudget(epsilon=2.0, delta=1e-6)
+    epsilons = [0.2, 0.4, 0.6, 0.8]
+    bounds = AttentionBounds(query_norm=2.0, key_norm=2.0, value_norm=1.5, num_rows=33)
+    shape = {"num_queries": 6, "query_width": 8, "num_heads": 4, "batch_size": 2, "budget": budget}
+    plan = plan_attention_release(bounds, head_epsilons=epsilons, **shape)
+    assert [gdp_epsilon(mu=each, delta=1e-6) for each in plan.head_mus] == pytest.approx(epsilons, rel=1e-9)
+    assert plan.mu == pytest.approx(math.hypot(*plan.head_mus))
+    assert max(epsilons) < plan.epsilon(1e-6) < sum(epsilons)
+    with pytest.raises(InvalidInputError, match="compose to"):
+        plan_attention_release(bounds, head_epsilons=[1.2] * 4, **shape)

@@ -84,31 +84,10 @@ def attend(kernel: FlashKernel, call: AttentionCall, q: Tensor, k: Tensor, v: Te
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: tuple[Any, ...]) -> Tensor:
-        kernel, scale, causal, hidden, null_rows = settings
-        out: Tensor | None = None
-        lse: Tensor | None = None
-        for start, stop in _chunks(k.shape[2], causal):
-            bias, blind = _hiding(hidden, start, stop, q, causal)
-            part, part_lse = kernel.forward(
-                q, k[:, :, start:stop], v[:, :, start:stop], scale=scale, causal=causal, bias=bias
-            )
-            # Shares of chunks and null rows are differences of logarithms: float32 would cost them digits.
-            part_lse = part_lse.to(torch.float64)
-            if blind is not None and bool(blind.any()):
-                # What a kernel answers for a query that sees nothing is undefined, and 0 times NaN would stay.
-                part_lse.masked_fill_(blind, -math.inf)
-                part = part.masked_fill(blind.unsqueeze(-1), 0.0)
-            out, lse = (part, part_lse) if out is None or lse is None else _merge(out, lse, part, part_lse)
-            del part, part_lse  # or the next pass would run beside this one's output
-        if out is None or lse is None:
-            out = q.new_zeros((*q.shape[:3], v.shape[-1]))
-            lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
-        elif null_rows > 0.0:
-            out, lse = _with_null_rows(out, lse, null_rows)
+        out, total = _merged_passes(q, k, v, settings)
         if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(
-                q, k, v, out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
-            )
+            lse = total.log().to(torch.promote_types(q.dtype, torch.float32))
+            ctx.save_for_backward(q, k, v, out.to(q.dtype), lse)
             ctx.settings = settings
         return out
 
@@ -161,21 +140,45 @@ def _hiding(
     return bias[:, None, None], blind
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    total = torch.logaddexp(lse, part_lse)
+def _merged_passes(q: Tensor, k: Tensor, v: Tensor, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Returns the output of all passes and null rows together, and its sum of e^score in float64."""
+    kernel, scale, causal, hidden, null_rows = settings
+    out: Tensor | None = None
+    # Sums of e^score: within [e^-40, e^40] times the number of rows (MAX_SCORE_BOUND), so float64 needs no running maximum.
+    total: Tensor | None = None
+    for start, stop in _chunks(k.shape[2], causal):
+        bias, blind = _hiding(hidden, start, stop, q, causal)
+        part, part_lse = kernel.forward(
+            q, k[:, :, start:stop], v[:, :, start:stop], scale=scale, causal=causal, bias=bias
+        )
+        # Shares of passes and null rows are quotients of sums: float32 would cost them digits.
+        mass = part_lse.to(torch.float64).exp_()
+        if blind is not None and bool(blind.any()):
+            # What a kernel answers for a query that sees nothing is undefined, and 0 times NaN would stay.
+            mass.masked_fill_(blind, 0.0)
+            part = part.masked_fill(blind.unsqueeze(-1), 0.0)
+        if out is None or total is None:
+            out, total = part, mass
+        else:
+            total = total.add_(mass)
+            out = _towards(out, part, _share(mass, total, out))
+        del part, part_lse, mass  # or the next pass would run beside this one's output
+    if out is None or total is None:
+        out = q.new_zeros((*q.shape[:3], v.shape[-1]))
+        total = torch.zeros(q.shape[:3], dtype=torch.float64, device=q.device)
+    elif null_rows > 0.0:
+        working = torch.promote_types(out.dtype, torch.float32)
+        mass, total = total, total + null_rows
+        out = out.to(working).mul_(_share(mass, total, out))
+    return out, total
+
+
+def _towards(out: Tensor, part: Tensor, share: Tensor) -> Tensor:
+    """Returns ``out + share·(part − out)``, in place where ``out`` is in the working dtype already."""
+    return out.to(share.dtype).lerp_(part.to(share.dtype), share)
+
+
+def _share(mass: Tensor, total: Tensor, out: Tensor) -> Tensor:
+    """Returns mass / total, [B, H, Q, 1] in the working dtype; 0 where both are 0."""
     working = torch.promote_types(out.dtype, torch.float32)
-    share, part_share = (_share(each, total, working) for each in (lse, part_lse))
-    merged = out.to(working).mul_(share)  # in place where the kernel's output is in the working dtype already
-    return merged.addcmul_(part.to(working), part_share), total
-
-
-def _with_null_rows(out: Tensor, lse: Tensor, null_rows: float) -> tuple[Tensor, Tensor]:
-    total = torch.logaddexp(lse, torch.full((), math.log(null_rows), dtype=lse.dtype, device=lse.device))
-    working = torch.promote_types(out.dtype, torch.float32)
-    share = _share(lse, total, working)
-    return out.to(working).mul_(share), total
-
-
-def _share(lse: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns e^{lse − total}, [B, H, Q, 1]; 0 where both are minus infinity."""
-    return torch.exp(lse - total.clamp_min(-1e30)).to(dtype).unsqueeze(-1)
+    return (mass / total.clamp_min(1e-300)).to(working).unsqueeze(-1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from dp_flash_attention.attention.backends.head_threads import Scratch, num_head_threads, run_tasks
 from dp_flash_attention.attention.backends.kernel import FlashKernel, attend
 from dp_flash_attention.attention.backends.selfcheck import disagreement
 from dp_flash_attention.attention.interface import AttentionCall, AttentionNoise, Rounding
@@ -19,6 +21,8 @@ SLICE_NUMBERS: Final = 1 << 19
 """Numbers of the queries (or keys) of one slice: 2 MiB in float32, so that clipped rows take at most that three times (or
 one head's for each thread, if that is more). Slices of 2^18 numbers, which would fit the second-level cache, were 2 % slower at 4
 heads of 2,048 × 64."""
+
+Slice = tuple[slice, slice]
 
 
 class PlainBackend:
@@ -77,29 +81,35 @@ class PlainBackend:
     def _release_in_slices(self, call: AttentionCall) -> Tensor:
         """Runs some heads at a time, so that clipped rows take little memory whatever the call's size."""
         shape = (*call.query.shape[:3], call.value.shape[3])
-        scratch: dict[str, Tensor] = {}
-        group = call.query.shape[1] // call.key.shape[1]
-        slices = list(_slices(call))
-        if len(slices) == 1:
-            exact = self._attend(call, *_clipped_into(call, scratch))
+        alone, together = _slices(call)
+        if not alone and len(together) == 1:
+            exact = self._attend(call, *_clipped_into(call, {}))
             fits = exact.dtype is call.out_dtype and exact.is_contiguous()
             out = exact if fits else torch.empty(shape, dtype=call.out_dtype, device=exact.device)
             _finish(out, exact, call, entry=0, head=0)
             return out
         out = torch.empty(shape, dtype=call.out_dtype, device=call.query.device)
-        for entries, groups in slices:
-            heads = slice(groups.start * group, groups.stop * group)
-            part = replace(
-                call,
-                query=call.query[entries, heads],
-                key=call.key[entries, groups],
-                value=call.value[entries, groups],
-                hidden=None if call.hidden is None else call.hidden[entries],
-            )
-            exact = self._attend(part, *_clipped_into(part, scratch))
-            _finish(out, exact, call, entry=entries.start, head=heads.start)
-            del exact  # or the next slice would run beside this one's output
+        if alone:
+            run_tasks([partial(self._run_slice, call, out, each) for each in alone], num_head_threads())
+        scratch: Scratch = {}
+        for each in together:
+            self._run_slice(call, out, each, scratch)
         return out
+
+    def _run_slice(self, call: AttentionCall, out: Tensor, where: Slice, scratch: Scratch) -> None:
+        """Clips, attends and adds noise for one slice of a call."""
+        entries, groups = where
+        group = call.query.shape[1] // call.key.shape[1]
+        heads = slice(groups.start * group, groups.stop * group)
+        part = replace(
+            call,
+            query=call.query[entries, heads],
+            key=call.key[entries, groups],
+            value=call.value[entries, groups],
+            hidden=None if call.hidden is None else call.hidden[entries],
+        )
+        exact = self._attend(part, *_clipped_into(part, scratch))
+        _finish(out, exact, call, entry=entries.start, head=heads.start)
 
 
 def _finish(out: Tensor, exact: Tensor, call: AttentionCall, *, entry: int, head: int) -> None:
@@ -110,20 +120,34 @@ def _finish(out: Tensor, exact: Tensor, call: AttentionCall, *, entry: int, head
         out[entry : entry + len(exact), head : head + exact.shape[1]] = exact
 
 
-def _slices(call: AttentionCall) -> Iterator[tuple[slice, slice]]:
-    """Yields ranges of batch entries and of key/value heads that together are the call."""
+def _slices(call: AttentionCall) -> tuple[list[Slice], list[Slice]]:
+    """Returns ranges of batch entries and of key/value heads that together are the call.
+
+    Returns:
+        Slices that each are one thread's, as many as leave no thread idle; and slices of which all threads do each.
+    """
     batch, groups = call.key.shape[:2]
+    whole = [
+        (slice(entry, entry + 1), slice(head, head + 1)) for entry in range(batch) for head in range(groups)
+    ]
+    on_cpu = call.query.device.type == "cpu"
+    threads = num_head_threads() if on_cpu else 1
+    alone = whole[: len(whole) // threads * threads] if threads > 1 else []
+    if alone:
+        return alone, whole[len(alone) :]
     one = max(each[:1, :1].numel() for each in (call.key, call.value))
     one = max(one, call.query[:1, :1].numel() * (call.query.shape[1] // groups))
     # Kernels give each thread an equal run of query blocks. Of one causal head the later blocks are several times the work
-    # of the earlier ones, so threads take whole heads: 1.67 times torch's own call became 1.17 (4,096 x 128, 2 heads, 2 threads).
-    threads = torch.get_num_threads() if call.query.device.type == "cpu" else 1
+    # of the earlier ones, so threads take whole heads.
+    threads = torch.get_num_threads() if on_cpu else 1
     per_slice = max(1, SLICE_NUMBERS // max(1, one) // threads) * threads
     heads = min(groups, per_slice)
     entries = max(1, per_slice // groups) if heads == groups else 1
-    for entry in range(0, batch, entries):
-        for head in range(0, groups, heads):
-            yield slice(entry, min(entry + entries, batch)), slice(head, min(head + heads, groups))
+    return [], [
+        (slice(entry, min(entry + entries, batch)), slice(head, min(head + heads, groups)))
+        for entry in range(0, batch, entries)
+        for head in range(0, groups, heads)
+    ]
 
 
 def _clipped(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +159,7 @@ def _clipped(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _clipped_into(call: AttentionCall, scratch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def _clipped_into(call: AttentionCall, scratch: Scratch) -> tuple[Tensor, ...]:
     """Clips into memory that the slices of one call share: fresh memory costs more than the arithmetic."""
     found = []
     for name in ("query", "key", "value"):
