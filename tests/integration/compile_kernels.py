@@ -133,7 +133,7 @@ def row_factors_variant():
 
 
 def attention_kernel(dtype, width, causal, inline, cipher, *, queries=4096, hidden=False, passes=None):
-    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     block_m, block_n, num_warps = launch.block_shape(queries, width, width, dtype, inline=inline)
     constants = {
         "WIDTH": width,

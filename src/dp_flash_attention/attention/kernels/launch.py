@@ -17,7 +17,7 @@ from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels.writer import refuse_graph_capture
 from dp_flash_attention.noise.keystream import TILE_NUMBERS
 
-_LOG2_E: Final = math.log2(math.e)
+LOG2_E: Final = math.log2(math.e)
 _FACTOR_BLOCK_NUMBERS: Final = 8192
 NUM_STAGES: Final = 2
 """Tiles of keys and values in flight. Not yet measured."""
@@ -94,7 +94,7 @@ def attention_forward(
     noise = None if call.noise is None else kernel_key(call.noise)
     stddev = query.new_zeros(1, 1, 1, dtype=torch.float32) if call.stddev is None else call.stddev
     stddev = on_device(stddev, query.device)
-    hidden = None if call.hidden is None else call.hidden.to(query.device).view(torch.uint8)
+    hidden = hidden_bytes(call)
     inline = (default_factors(call) if factors is None else factors) == "inline"
     block_m, block_n, num_warps = block_shape(num_queries, width, value_width, query.dtype, inline=inline)
     with torch.cuda.device_of(query):
@@ -122,8 +122,8 @@ def attention_forward(
             call.norms.query,
             call.norms.key,
             call.norms.value,
-            call.scale * _LOG2_E,
-            call.score_bound * _LOG2_E,
+            call.scale * LOG2_E,
+            call.score_bound * LOG2_E,
             call.null_rows * math.exp(-call.score_bound),
             *((0,) * 8 if noise is None else noise.words),
             0 if noise is None else noise.step,
@@ -145,6 +145,11 @@ def attention_forward(
             num_stages=NUM_STAGES,
         )
     return out, lse
+
+
+def hidden_bytes(call: AttentionCall) -> Tensor | None:
+    """Returns which rows are hidden, one byte for each, on the call's device; None if the call hides none."""
+    return None if call.hidden is None else call.hidden.to(call.query.device).view(torch.uint8)
 
 
 def on_device(stddev: Tensor, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compares the attention kernel with the float64 reference on a device, before its first use there."""
+"""Compares the attention kernels with the float64 reference on a device, before their first use there."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import torch
 
 from dp_flash_attention.attention.interface import AttentionCall, RowNorms
 from dp_flash_attention.attention.kernels.launch import attention_forward
-from dp_flash_attention.attention.reference import reference_attention
+from dp_flash_attention.attention.kernels.launch_backward import attention_backward
+from dp_flash_attention.attention.reference import reference_attention, reference_gradients
 
 # As shares of the value bound. A wrong clip, scale, mask, head or null weight is off by more than 0.05 here;
-# bfloat16 rounds queries, weights and values to 2^-9 each, and scores up to 3 with them.
-_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.03}
+# bfloat16 rounds queries, weights and values to 2^-9 each, and scores up to 3 with them; float16 to 2^-12.
+_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
+
+# Of a whole gradient, as a share of its own norm. The interpreter finds 2.5e-7, 0.0033 and 4.2e-4; the rest is room for a
+# GPU's exponential and another order of sums. A wrong clip, mask or denominator is off by more than 0.04.
+_GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 0.01, torch.float16: 0.00125}
 
 
 @lru_cache(maxsize=64)
@@ -31,6 +36,22 @@ def disagreement(device: str, dtype: torch.dtype) -> str | None:
                 return (
                     f"on {device!r} it misses the reference by {error:.3g} ({dtype}, {causal=}, {factors=})"
                 )
+    return None
+
+
+@lru_cache(maxsize=64)
+def gradient_disagreement(device: str, dtype: torch.dtype) -> str | None:
+    """Returns by how much the kernels' gradients miss the reference's on a small problem, or None if they agree."""
+    for causal in (False, True):
+        call = _problem(device, dtype, causal=causal)
+        grad = torch.randn(call.query.shape, generator=torch.Generator().manual_seed(8)).to(device, dtype)
+        names = ("query", "key", "value")
+        found, expected = attention_backward(call, grad), reference_gradients(call, grad)
+        for name, each, other in zip(names, found, expected, strict=True):
+            assert each is not None
+            error = float((each.cpu().double() - other).norm() / other.norm())
+            if not error <= _GRADIENT_TOLERANCE[dtype]:  # a NaN is not
+                return f"on {device!r} its gradient of {name} misses the reference by {error:.3g} ({dtype}, {causal=})"
     return None
 
 
