@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, RowNorms
-from dp_flash_attention.attention.kernels import add_noise, launch
+from dp_flash_attention.attention.kernels import add_noise, launch, operands
 from dp_flash_attention.noise import DiscreteGaussianGenerator, SecureNormalGenerator, TestKey
 from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels import exact_writer, writer
@@ -151,7 +151,7 @@ def main():
     embedding = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
     found["embedding_norm"] = embedding_norms(embedding, compile_only(embedding, "embedding_norm_kernel"))
     forward = compile_only(launch, "dp_attention_fwd_kernel")
-    compile_only(launch, "row_factors_kernel")
+    compile_only(operands, "row_factors_kernel")
     adding = compile_only(add_noise, "add_noise_kernel")
     found["added noise"] = added_noise(adding, (torch.float32, torch.bfloat16, torch.float16))
     if sys.argv[1:] == ["--all"]:

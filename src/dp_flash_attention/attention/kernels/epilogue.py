@@ -75,4 +75,5 @@ def finish(
         out + row[:, None] * BLOCK_E + e[None, :], rounded(result, out.dtype.element_ty), mask=inside[:, None]
     )
     if STORE_LSE:
-        tl.store(lse + row, tl.log(denominator) + shift_log2 * 0.6931471805599453, mask=inside)
+        logarithm = tl.log(tl.where(inside, denominator, 1.0)) + shift_log2 * 0.6931471805599453
+        tl.store(lse + row, logarithm, mask=inside)

@@ -14,7 +14,7 @@ from dp_flash_attention.attention.kernels.backward import (
     dp_attention_bwd_query_kernel,
     dp_attention_bwd_rows_kernel,
 )
-from dp_flash_attention.attention.kernels.launch import LOG2_E, hidden_bytes, row_factors
+from dp_flash_attention.attention.kernels.operands import LOG2_E, hidden_bytes, row_factors
 
 NUM_STAGES: Final = 2
 """Tiles in flight. Not yet measured."""
