@@ -102,7 +102,12 @@ def _refused_noise(call: AttentionCall) -> str | None:
 def _failed_check(call: AttentionCall, *, needs_grad: bool) -> str | None:
     """Runs the kernels on small problems at their first use on a device, before anything is spent."""
     from dp_flash_attention.attention.kernels.launch import kernel_key
-    from dp_flash_attention.attention.kernels.selfcheck import disagreement, gradient_disagreement
+    from dp_flash_attention.attention.kernels.launch_split import default_splits
+    from dp_flash_attention.attention.kernels.selfcheck import (
+        disagreement,
+        gradient_disagreement,
+        split_disagreement,
+    )
     from dp_flash_attention.noise.kernels.writer import require_agreement
 
     if call.noise is not None:
@@ -111,7 +116,12 @@ def _failed_check(call: AttentionCall, *, needs_grad: bool) -> str | None:
         except NoiseUnavailableError as error:
             return str(error)
     device, dtype = str(call.query.device), call.query.dtype
-    return disagreement(device, dtype) or (gradient_disagreement(device, dtype) if needs_grad else None)
+    reason = disagreement(device, dtype)
+    if reason is None and default_splits(call) > 1:
+        reason = split_disagreement(device, dtype)
+    if reason is None and needs_grad:
+        reason = gradient_disagreement(device, dtype)
+    return reason
 
 
 def make_backend() -> AttentionBackend:

@@ -24,7 +24,7 @@ from dp_flash_attention.attention.kernels.accumulate import clipped_queries, row
 from dp_flash_attention.attention.kernels.narrow import dot, rounded, weighted_sum
 from dp_flash_attention.attention.kernels.row_factors import row_gradients
 
-_SCALARS = ["query_norm", "key_norm", "value_norm", "scale", "scale_log2", "shift_log2", "null_weight"]
+SCALARS = ["query_norm", "key_norm", "value_norm", "scale", "scale_log2", "shift_log2", "null_weight"]
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _weights_and_products(
     return weight, along, keys, key_factor
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=SCALARS)
 def dp_attention_bwd_query_kernel(
     query,
     key,
@@ -237,7 +237,7 @@ def dp_attention_bwd_query_kernel(
         tl.store(target, rounded(result, grad_query.dtype.element_ty), mask=wide)
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=SCALARS)
 def dp_attention_bwd_rows_kernel(
     key,
     value,

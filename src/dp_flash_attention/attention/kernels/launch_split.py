@@ -20,9 +20,9 @@ NUM_PROGRAMS: Final = 132
 the device's own count, so that a call has the same ranges, and is rounded in the same places, on every device. Not yet
 measured."""
 
-_NUM_STAGES: Final = 2
-_NUM_WARPS: Final = 4
-_MERGE_TILES: Final = 2
+NUM_STAGES: Final = 2
+NUM_WARPS: Final = 4
+MERGE_TILES: Final = 2
 """Tiles of noise that a program of the merge makes: as many as keep four warps' layout (``block_shape``)."""
 
 
@@ -126,10 +126,10 @@ def attention_split(
         HAS_HIDDEN=hidden is not None,
         INLINE_FACTORS=factors is None,
         PRECISION="ieee",
-        num_warps=_NUM_WARPS,
-        num_stages=_NUM_STAGES,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
-    tile_rows = _MERGE_TILES * TILE_NUMBERS // value_width
+    tile_rows = MERGE_TILES * TILE_NUMBERS // value_width
     dp_attention_merge_kernel[(triton.cdiv(num_queries, tile_rows) * batch * num_heads,)](
         part_sums,
         part_weights,
@@ -149,7 +149,7 @@ def attention_split(
         BLOCK_M=tile_rows,
         STORE_LSE=lse is not None,
         CIPHER=None if noise is None else noise.cipher,
-        num_warps=_NUM_WARPS,
+        num_warps=NUM_WARPS,
     )
 
 

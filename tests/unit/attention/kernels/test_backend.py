@@ -120,3 +120,10 @@ def test_gradients_are_checked_on_the_device_only_where_they_are_needed(monkeypa
     assert BACKEND.refusal(make_call(), needs_grad=True) == "its gradient misses the reference by 1"
     monkeypatch.undo()
     assert BACKEND.refusal(make_call(), needs_grad=True) is None
+
+
+def test_ranges_of_rows_are_checked_on_the_device_only_where_they_are_used(monkeypatch):
+    monkeypatch.setattr(selfcheck, "split_disagreement", lambda *args: "it misses the reference by 1")
+    many = torch.zeros(1, 1, 1025, 16)
+    for rows, reason in ((many[:, :, :1024], None), (many, "it misses the reference by 1")):
+        assert BACKEND.refusal(make_call(key=rows, value=rows), needs_grad=False) == reason

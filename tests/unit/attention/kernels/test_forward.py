@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from dp_flash_attention.attention.interface import AttentionCall, RowNorms
-from dp_flash_attention.attention.kernels import launch
+from dp_flash_attention.attention.kernels import accumulate, launch
 from dp_flash_attention.attention.kernels.launch import attention_forward, default_factors
+from dp_flash_attention.attention.kernels.narrow import dot
 from dp_flash_attention.attention.reference import reference_attention, reference_noise
 from dp_flash_attention.core.errors import NoiseUnavailableError
 
@@ -250,17 +253,17 @@ def test_huge_finite_rows_count_as_zero_rows_and_never_make_a_nan(size, dtype, f
     assert torch.equal(got, want)
 
 
-def test_the_largest_score_bound_keeps_every_weight(monkeypatch):
-    # S = 20: opposite rows weigh 1 and e^-40. With null rows nothing is lost to underflow.
+def call_at_the_edge(dtype, score_bound, values):
+    """Opposite keys, so that rows weigh 1 and e^(-2S)."""
     unit = torch.zeros(1, 1, 1, 16)
     unit[..., 0] = 1.0
-    call = AttentionCall(
-        query=unit,
-        key=torch.cat([unit, -unit], dim=2),
-        value=torch.cat([0 * unit, unit], dim=2),
+    return AttentionCall(
+        query=unit.to(dtype),
+        key=torch.cat([unit, -unit], dim=2).to(dtype),
+        value=torch.cat([each * unit for each in values], dim=2).to(dtype),
         norms=RowNorms(query=1.0, key=1.0, value=1.0),
-        scale=20.0,
-        score_bound=20.0,
+        scale=score_bound,
+        score_bound=score_bound,
         causal=False,
         hidden=None,
         null_rows=0.0,
@@ -268,8 +271,29 @@ def test_the_largest_score_bound_keeps_every_weight(monkeypatch):
         noise=None,
         out_dtype=torch.float32,
     )
-    got, _ = attention_forward(call)
-    assert float(got[0, 0, 0, 0]) == pytest.approx(math.exp(-40) / (1 + math.exp(-40)), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_score_bound_keeps_every_weight(dtype):
+    # S = 20: opposite rows weigh 1 and e^-40, and the second value is 2^10 times as long as its bound.
+    got, _ = attention_forward(call_at_the_edge(dtype, 20.0, (0.0, 2.0**10)))
+    want = math.exp(-40) / (1 + math.exp(-40))
+    assert float(got[0, 0, 0, 0]) == pytest.approx(want, rel=1e-4 + float(torch.finfo(dtype).eps))
+
+
+@triton.jit
+def sum_of_float16_weights(weights, rows, total, PRECISION: tl.constexpr):
+    return dot(weights.to(tl.float16).to(tl.float32), rows.to(tl.float32), total, PRECISION)
+
+
+def test_an_average_of_float16_rows_is_no_longer_than_their_bound(monkeypatch):
+    # All rows at -S, where weights are 0.69·2^-24: float16 itself would round them up to 2^-24.
+    call = call_at_the_edge(torch.float16, 8.5, (1.0, 1.0))
+    call.key[:, :, 0] = call.key[:, :, 1]
+    limit = 1.0 + 2.0**-11 + 1e-6  # RowNorms has room for one rounding
+    assert float(attention_forward(call)[0].norm()) <= limit
+    monkeypatch.setattr(accumulate, "weighted_sum", sum_of_float16_weights)
+    assert float(attention_forward(call)[0].norm()) > 1.4
 
 
 def test_aes_has_no_kernel(make_call, noise_stream):

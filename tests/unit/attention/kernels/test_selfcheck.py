@@ -10,14 +10,21 @@ from dp_flash_attention.attention.kernels import backend, selfcheck
 from dp_flash_attention.attention.kernels.backend import TritonBackend
 from dp_flash_attention.attention.kernels.launch import attention_forward
 from dp_flash_attention.attention.kernels.launch_backward import attention_backward
-from dp_flash_attention.attention.kernels.selfcheck import disagreement, gradient_disagreement
+from dp_flash_attention.attention.kernels.selfcheck import (
+    disagreement,
+    gradient_disagreement,
+    split_disagreement,
+)
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    disagreement.cache_clear(), gradient_disagreement.cache_clear()
+    checks = (disagreement, gradient_disagreement, split_disagreement)
+    for check in checks:
+        check.cache_clear()
     yield
-    disagreement.cache_clear(), gradient_disagreement.cache_clear()
+    for check in checks:
+        check.cache_clear()
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,6 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_it_agrees(dtype):
     assert disagreement("cpu", dtype) is None
     assert gradient_disagreement("cpu", dtype) is None
+    assert split_disagreement("cpu", dtype) is None
 
 
 mistakes = pytest.mark.parametrize(
@@ -50,6 +58,7 @@ def test_it_sees_mistakes(change, dtype, monkeypatch):
         lambda call, **kwargs: attention_forward(dataclasses.replace(call, **change), **kwargs),
     )
     assert "misses the reference" in disagreement("cpu", dtype)
+    assert "misses the reference" in split_disagreement("cpu", dtype)
 
 
 @mistakes
