@@ -59,8 +59,8 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     counts = [count["barriers"] for name, count in binaries.items() if name.startswith("write_normals")]
     assert len(counts) == 4
     assert max(counts) <= 24
-    for name in ("attention/64, causal", "attention merge/64"):
-        assert binaries[name]["barriers"] <= 24
+    assert binaries["attention/64, causal"]["barriers"] <= 24
+    assert binaries["attention merge/64"]["barriers"] <= 40
 
 
 def test_without_the_anchor_words_move_at_every_join(tmp_path):
