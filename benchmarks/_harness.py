@@ -10,13 +10,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 _OUR_PACKAGES = ("dp-flash-attention", "torch", "numpy", "cryptography", "dp-accounting")
 
@@ -63,21 +61,23 @@ class Report:
         rows: Figures.
         bars: Promises.
         peers: Packages compared with, for their versions.
+        device: What it was measured on, if not ``device_name()``.
     """
 
     benchmark: str
     rows: Sequence[Row]
     bars: Sequence[Bar] = ()
     peers: Sequence[str] = ()
+    device: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the form that every benchmark prints with ``--json``."""
         return {
             "benchmark": self.benchmark,
-            "device": device_name(),
+            "device": self.device or device_name(),
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in (*_OUR_PACKAGES, *self.peers)},
+                **{name: _version(name) for name in (*_OUR_PACKAGES, *self.peers)},
             },
             "rows": [asdict(row) for row in self.rows],
             "bars": [asdict(bar) for bar in self.bars],
@@ -133,10 +133,20 @@ def run_interleaved(
     return {name: Timing(seconds=tuple(values)) for name, values in seconds.items()}
 
 
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def device_name() -> str:
     """Returns the accelerator's name, or the processor's with the number of cores that may be used."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
+    """Returns the processor's name, with the number of cores that may be used."""
     model = platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -156,6 +166,10 @@ def emit(report: Report, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
+    # Not needed for JSON, and a machine that is lent to measure on may have little more than torch.
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     table = Table(
         "case", "settings", "value", "ratio", "spread", title=f"{report.benchmark} on {found['device']}"

@@ -13,8 +13,14 @@ import triton
 from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, RowNorms
 from dp_flash_attention.attention.kernels.backend import make_backend
 from dp_flash_attention.attention.kernels.launch import attention_forward
+from dp_flash_attention.attention.kernels.launch_backward import attention_backward
+from dp_flash_attention.attention.kernels.launch_split import default_splits
 from dp_flash_attention.attention.noising import add_noise, noise_path
-from dp_flash_attention.attention.reference import reference_attention, reference_noise
+from dp_flash_attention.attention.reference import (
+    reference_attention,
+    reference_gradients,
+    reference_noise,
+)
 from dp_flash_attention.clipping import ClippedGradientAccumulator, norms
 from dp_flash_attention.clipping.kernels import (
     embedding_norm,
@@ -137,9 +143,21 @@ def make_call(queries, rows, width, dtype, *, heads=4, groups=2, causal, hides, 
     )
 
 
+# See tests/unit/attention/kernels/test_forward.tolerance; the noise adds its last bits.
+CLOSE_ROWS = {
+    torch.float32: 3e-5,
+    torch.bfloat16: 2 * (2 * 2.0**-9 * 3 + 2 * 2.0**-9),
+    torch.float16: 2 * (2 * 2.0**-12 * 3 + 2 * 2.0**-12),
+}
+
+
+def worst_row(got, want):
+    return float(torch.linalg.vector_norm(got.cpu().double() - want, dim=-1).max()) / 1.5
+
+
 @pytest.mark.parametrize("factors", ["inline", "ahead"])
 @pytest.mark.parametrize("name", ["secure", "fast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(CLOSE_ROWS))
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize(
     ("queries", "rows", "causal", "hides"),
@@ -148,10 +166,7 @@ def make_call(queries, rows, width, dtype, *, heads=4, groups=2, causal, hides, 
 def test_attention_is_the_reference_and_the_noise(queries, rows, causal, hides, width, dtype, name, factors):
     call = make_call(queries, rows, width, dtype, causal=causal, hides=hides, name=name)
     got, _ = attention_forward(call, factors=factors)
-    want = reference_attention(call) + reference_noise(call)
-    error = torch.linalg.vector_norm(got.cpu().double() - want, dim=-1).max() / 1.5
-    # See tests/unit/attention/kernels/test_forward.tolerance; the noise adds its last bits.
-    assert error <= (3e-5 if dtype is torch.float32 else 2 * (2 * 2.0**-9 * 3 + 2 * 2.0**-9))
+    assert worst_row(got, reference_attention(call) + reference_noise(call)) <= CLOSE_ROWS[dtype]
     again, _ = attention_forward(call, factors=factors)
     assert torch.equal(got, again)
 
@@ -171,8 +186,53 @@ def test_long_contexts_and_the_back_end_s_own_choice():
     backend = make_backend()
     assert backend.refusal(call, needs_grad=False) is None
     want = reference_attention(call) + reference_noise(call)
-    error = torch.linalg.vector_norm(backend.release(call).cpu().double() - want, dim=-1).max() / 1.5
-    assert error <= 2 * (2 * 2.0**-9 * 3 + 2 * 2.0**-9)
+    assert worst_row(backend.release(call), want) <= CLOSE_ROWS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE_ROWS))
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize("queries", [1, 30])
+def test_few_queries_over_many_rows_in_any_number_of_ranges(queries, width, dtype):
+    call = make_call(queries, 20_000, width, dtype, heads=2, groups=1, causal=False, hides=True, name="fast")
+    assert default_splits(call) > 1
+    want = reference_attention(call) + reference_noise(call)
+    whole, _ = attention_forward(call, splits=1)
+    for splits in (None, 2, 7, 20):
+        got, _ = attention_forward(call, splits=splits)
+        assert torch.equal(got, attention_forward(call, splits=splits)[0])
+        assert worst_row(got, want) <= CLOSE_ROWS[dtype]
+        assert worst_row(got, whole.cpu().double()) <= 2e-5  # a row's rounding is its own: only sums differ
+
+
+# Each of a gradient's roundings is half a unit at most; see tests/unit/attention/kernels/test_backward.tolerance.
+CLOSE_GRADIENTS = {torch.float32: 5e-6, torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12}
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE_GRADIENTS))
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("queries", "rows", "causal", "hides"),
+    [(1, 1, False, False), (17, 129, False, True), (200, 200, True, False), (129, 317, True, True)],
+)
+def test_gradients_are_the_reference_s_every_time(queries, rows, causal, hides, width, dtype):
+    call = make_call(queries, rows, width, dtype, causal=causal, hides=hides, name="fast")
+    grad = torch.randn(2, 4, queries, width, device="cuda").to(dtype)
+    found, again = attention_backward(call, grad), attention_backward(call, grad)
+    for one, other, want in zip(found, again, reference_gradients(call, grad), strict=True):
+        assert torch.equal(one, other)
+        assert float((one.cpu().double() - want).norm() / want.norm()) <= CLOSE_GRADIENTS[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE_GRADIENTS))
+def test_autograd_goes_through_the_back_end(dtype):
+    call = make_call(40, 50, 64, dtype, causal=False, hides=True, name="fast")
+    inputs = [each.requires_grad_(True) for each in (call.query, call.key, call.value)]
+    backend = make_backend()
+    assert backend.refusal(call, needs_grad=True) is None
+    grad = torch.randn(2, 4, 40, 64, device="cuda")
+    found = torch.autograd.grad(backend.release(call), inputs, grad)
+    for one, want in zip(found, reference_gradients(call, grad.to(dtype)), strict=True):
+        assert float((one.cpu().double() - want).norm() / want.norm()) <= CLOSE_GRADIENTS[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

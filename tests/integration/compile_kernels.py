@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dp_flash_attention.attention.kernels import launch
+from dp_flash_attention.attention.kernels import backward, launch, launch_backward, launch_split, split
 from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
 from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
 from dp_flash_attention.noise.kernels import exact_writer, transform
@@ -142,7 +142,7 @@ def row_factors_variant():
 
 
 def attention_kernel(dtype, width, causal, inline, cipher, *, queries=4096, hidden=False, passes=None):
-    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     block_m, block_n, num_warps = launch.block_shape(queries, width, width, dtype, inline=inline)
     constants = {
         "WIDTH": width,
@@ -173,6 +173,91 @@ def attention_kernel(dtype, width, causal, inline, cipher, *, queries=4096, hidd
     return compiled(
         dp_attention_fwd_kernel, types, constants, num_warps=num_warps, num_stages=launch.NUM_STAGES
     )
+
+
+def rows_types(kernel, dtype, scalars):
+    """Returns the types of an attention kernel's arguments but the key."""
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    types = {name: "i32" for name in kernel.arg_names if name.startswith(("stride", "num", "heads", "split"))}
+    wide = ("lse", "stddev", "inverses", "deltas", "part_sums", "part_weights")
+    narrow = ("query", "key", "value", "out", "grad_out", "clipped_out", "clipped")
+    narrow += ("grad_query", "grad_key", "grad_value")
+    types |= dict.fromkeys((*wide, "key_factors", "value_factors"), "*fp32")
+    types |= dict.fromkeys(narrow, f"*{element}")
+    types |= dict.fromkeys(scalars, "fp32")
+    return {name: kind for name, kind in (types | {"hidden": "*u8"}).items() if name in kernel.arg_names}
+
+
+def tile_constants(kernel, width, block_m, block_n, hidden):
+    constants = {"WIDTH": width, "BLOCK_D": width, "BLOCK_E": width, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants |= {"HAS_HIDDEN": hidden, "PRECISION": "ieee", "stride_kd": 1, "stride_ve": 1, "stride_qd": 1}
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+
+
+def backward_kernels(dtype, width, causal, *, queries=4096):
+    """Yields both kernels of the backward pass as ``launch_backward.py`` launches them."""
+    for name, kernel, blocks in (
+        (
+            "query",
+            backward.dp_attention_bwd_query_kernel,
+            launch_backward.query_blocks(queries, width, width, dtype),
+        ),
+        ("rows", backward.dp_attention_bwd_rows_kernel, launch_backward.row_blocks(width, width, dtype)),
+    ):
+        constants = tile_constants(kernel, width, blocks[0], blocks[1], hidden=not causal)
+        constants |= {"CAUSAL": causal} | ({"NEEDS_QUERY": True} if name == "query" else {})
+        yield (
+            f"attention backward, {name}/{dtype}, {width}, {causal=}",
+            compiled(
+                kernel,
+                rows_types(kernel, dtype, backward.SCALARS),
+                constants,
+                num_warps=blocks[2],
+                num_stages=launch_backward.NUM_STAGES,
+            ),
+        )
+
+
+def part_kernel(dtype, width, inline, *, queries=4096):
+    kernel = split.dp_attention_part_kernel
+    block_m, block_n = launch_split.part_blocks(queries, width, width, dtype)
+    constants = tile_constants(kernel, width, block_m, block_n, hidden=True)
+    constants |= {"PASS_ROWS": launch_split.PASS_ROWS, "INLINE_FACTORS": inline}
+    types = rows_types(kernel, dtype, split.PART_SCALARS)
+    return compiled(
+        kernel, types, constants, num_warps=launch_split.NUM_WARPS, num_stages=launch_split.NUM_STAGES
+    )
+
+
+def merge_kernel(width):
+    kernel = split.dp_attention_merge_kernel
+    rows = launch_split.MERGE_TILES * 2048 // width
+    constants = {"BLOCK_E": width, "BLOCK_M": rows, "STORE_LSE": False, "CIPHER": "chacha20"}
+    types = rows_types(kernel, torch.float32, ("shift_log2", "null_weight"))
+    types |= {name: kind for name, kind in KEY_TYPES.items() if name in kernel.arg_names}
+    return compiled(kernel, types, constants, num_warps=launch_split.NUM_WARPS)
+
+
+def more_attention_kernels():
+    """Yields the variants of the backward pass and of the ranges that calls meet most."""
+    yield from backward_kernels(torch.bfloat16, 64, True)
+    yield "attention part/64, ahead", part_kernel(torch.bfloat16, 64, False)
+    yield "attention merge/64", merge_kernel(64)
+    yield "attention/float16, 64", attention_kernel(torch.float16, 64, False, False, "chacha20")
+
+
+def all_more_attention_kernels():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (64, 128, 256):
+            yield from backward_kernels(dtype, width, causal=width != 128)
+            inline = dtype is torch.float16
+            yield f"attention part/{dtype}, {width}, {inline=}", part_kernel(dtype, width, inline)
+    yield "attention part/one query", part_kernel(torch.bfloat16, 64, True, queries=1)
+    for width in (16, 256):
+        yield f"attention merge/{width}", merge_kernel(width)
+    for width in (64, 128):
+        name = f"attention/float16, {width}, causal"
+        yield name, attention_kernel(torch.float16, width, True, False, "chacha20")
 
 
 def norm_kernels():
@@ -271,7 +356,9 @@ def weighted_grad_kernels():
 
 
 def main():
-    if sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
+    if sys.argv[1:] == ["--more-attention"]:  # by hand, after a change of block sizes
+        found = [*more_attention_kernels(), *all_more_attention_kernels()]
+    elif sys.argv[1:] == ["--without-anchor"]:  # a planted loss of speed: see test_kernels_compile.py
         transform._anchored_lanes = lanes_without_anchor
         found = [next(noise_kernels())]
     elif sys.argv[1:] == ["--with-an-atomic"]:  # planted: the count has to see it
@@ -281,18 +368,21 @@ def main():
             *noise_kernels(),
             *exact_noise_kernels(),
             *attention_kernels(),
+            *more_attention_kernels(),
             *norm_kernels(),
             *embedding_norm_kernels(),
             *tied_cross_kernels(),
             *norm_backward_kernels(),
             *weighted_grad_kernels(),
             *all_attention_kernels(),
+            *all_more_attention_kernels(),
         ]
     else:
         found = [
             *noise_kernels(),
             *exact_noise_kernels(),
             *attention_kernels(),
+            *more_attention_kernels(),
             *norm_kernels(),
             *embedding_norm_kernels(),
             *tied_cross_kernels(),

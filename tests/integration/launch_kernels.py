@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, RowNorms
-from dp_flash_attention.attention.kernels import add_noise, launch
+from dp_flash_attention.attention.kernels import add_noise, launch, launch_backward, launch_split, operands
 from dp_flash_attention.noise import DiscreteGaussianGenerator, SecureNormalGenerator, TestKey
 from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels import exact_writer, writer
@@ -92,7 +92,15 @@ def exact_noise(kernel):
     return {"variants": kernel.variants(), "types": [types[name] for name in names]}
 
 
-def attention(kernel, shapes, dtypes):
+def attention(shapes, dtypes):
+    places = {
+        "forward": (launch, "dp_attention_fwd_kernel"),
+        "part": (launch_split, "dp_attention_part_kernel"),
+        "merge": (launch_split, "dp_attention_merge_kernel"),
+        "backward query": (launch_backward, "dp_attention_bwd_query_kernel"),
+        "backward rows": (launch_backward, "dp_attention_bwd_rows_kernel"),
+    }
+    kernels = {name: compile_only(*place) for name, place in places.items()}
     generator = SecureNormalGenerator(KEY, cipher="chacha20")
     for (batch, heads, groups, queries, rows, width, value_width, masked), dtype in itertools.product(
         shapes, dtypes
@@ -112,8 +120,11 @@ def attention(kernel, shapes, dtypes):
             out_dtype=torch.float32,
         )
         for factors in ("inline", "ahead"):
-            launch.attention_forward(call, factors=factors, with_lse=True)
-    return {"compiled": len(kernel.compiled)}
+            launch.attention_forward(call, factors=factors, splits=1, with_lse=True)
+            if not masked:
+                launch.attention_forward(call, factors=factors, splits=2, with_lse=True)
+        launch_backward.attention_backward(call, torch.zeros(batch, heads, queries, value_width, dtype=dtype))
+    return {name: len(kernel.compiled) for name, kernel in kernels.items()}
 
 
 def added_noise(kernel, dtypes):
@@ -200,8 +211,7 @@ def main():
     found["tied_cross"] = tied_cross_terms(tied, compile_only(tied, "tied_cross_kernel"))
     layer = import_module("dp_flash_attention.clipping.kernels.norm_backward")
     found["norm_backward"] = norm_layers(layer, compile_only(layer, "norm_backward_kernel"))
-    forward = compile_only(launch, "dp_attention_fwd_kernel")
-    compile_only(launch, "row_factors_kernel")
+    compile_only(operands, "row_factors_kernel")
     adding = compile_only(add_noise, "add_noise_kernel")
     found["added noise"] = added_noise(adding, (torch.float32, torch.bfloat16, torch.float16))
     if sys.argv[1:] == ["--all"]:
@@ -212,14 +222,14 @@ def main():
             (1, 1, 1, 3, 0, 24, 32, False),
             (2, 4, 2, 300, 300, 80, 64, True),
         ]
-        found["attention"] = attention(forward, shapes, (torch.bfloat16, torch.float32))
+        found["attention"] = attention(shapes, (torch.bfloat16, torch.float16, torch.float32))
         for name in ("gram_norm", "outer_norm"):
             module = import_module(f"dp_flash_attention.clipping.kernels.{name}")
             found[name] = norms(module, name, compile_only(module, f"{name}_kernel"))
         weighted = import_module("dp_flash_attention.clipping.kernels.weighted_grad")
         found["weighted_grad"] = weighted_grads(weighted, compile_only(weighted, "weighted_grad_kernel"))
     else:
-        found["attention"] = attention(forward, [(1, 1, 1, 1, 1, 16, 16, False)], (torch.bfloat16,))
+        found["attention"] = attention([(1, 1, 1, 1, 1, 16, 16, False)], (torch.bfloat16,))
     print(json.dumps(found))
 
 

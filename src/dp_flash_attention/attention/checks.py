@@ -60,6 +60,8 @@ def check_plan(plan: AttentionPlan) -> None:
     entries = len(plan.sensitivity)
     stddev = plan.stddev if entries > 1 else plan.stddev[:1]
     ratio = plan.sensitivity[:, None, :] / stddev.numpy().astype(np.float64)
+    if plan.precision is not None:
+        ratio = ratio + plan.precision.rounding  # of the grid, a share of the deviation
     by_entry = np.square(ratio).sum(axis=(1, 2))
     if plan.bounds.contexts is Contexts.DISJOINT:
         spent = by_entry.max()

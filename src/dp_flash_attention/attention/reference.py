@@ -16,13 +16,33 @@ def reference_attention(call: AttentionCall) -> Tensor:
 
     One query at a time, over the rows that it sees and nothing else, in the words of ``interface``.
     """
+    with torch.no_grad():
+        return _attended(call, call.query, call.key, call.value)
+
+
+def reference_gradients(call: AttentionCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value for the gradient ``grad_out`` of the output, float64.
+
+    By differentiating the words of ``interface`` one operation at a time. Rounding counts as the identity, and a row exactly as
+    long as its bound as one that is clipped.
+    """
+    rows = [
+        each.detach().cpu().to(torch.float64).requires_grad_(True)
+        for each in (call.query, call.key, call.value)
+    ]
+    with torch.enable_grad():
+        out = _attended(call, *rows)
+        # So that each of them has a gradient where nothing is seen.
+        total = (out * grad_out.cpu().to(torch.float64)).sum() + sum(0.0 * each.sum() for each in rows)
+    query, key, value = torch.autograd.grad(total, rows)
+    return query, key, value
+
+
+def _attended(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    dtype = call.query.dtype
     query, key, value = (
-        _clipped(rows.detach().cpu(), bound)
-        for rows, bound in (
-            (call.query, call.norms.query),
-            (call.key, call.norms.key),
-            (call.value, call.norms.value),
-        )
+        _clipped(rows.cpu(), bound, dtype)
+        for rows, bound in ((query, call.norms.query), (key, call.norms.key), (value, call.norms.value))
     )
     batch, num_heads, num_queries, _ = query.shape
     group = num_heads // key.shape[1]
@@ -79,9 +99,9 @@ def _reference_steps(call: AttentionCall) -> Tensor:
     return torch.from_numpy(drawn).to(torch.float64).view(shape)
 
 
-def _clipped(rows: Tensor, bound: float) -> Tensor:
-    """Clips in float64, and rounds the rows that were scaled to their own dtype, as a kernel does."""
+def _clipped(rows: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
+    """Clips in float64, and rounds the rows that were scaled to the call's dtype, as a kernel does."""
     exact = rows.to(torch.float64)
-    norms = exact.square().sum(dim=-1, keepdim=True).sqrt()
-    scaled = (exact * (bound / norms)).to(rows.dtype).to(torch.float64)
-    return torch.where(norms > bound, scaled, exact)
+    norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    scaled = (exact * (bound / norms.clamp_min(bound))).to(dtype).to(torch.float64)
+    return torch.where(norms >= bound, scaled, exact)

@@ -109,6 +109,23 @@ def test_time_is_measured_on_made_up_rows_and_remembered():
     assert registry.measured_seconds("flash", shape) == first
 
 
+def test_a_call_that_needs_gradients_is_timed_with_its_backward_pass(monkeypatch):
+    monkeypatch.setattr(registry, "_AUTOMATIC", ("flash", "math"))
+    shapes, ran = [], []
+    measured, grad = registry.measured_seconds, torch.autograd.grad
+    monkeypatch.setattr(
+        registry, "measured_seconds", lambda name, shape: shapes.append(shape) or measured(name, shape)
+    )
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: ran.append(1) or grad(*args))
+    bounds = AttentionBounds(query_norm=1.0, key_norm=1.0, value_norm=1.0, num_rows=5)
+    for needs_grad in (False, True):
+        rows = torch.randn(1, 1, 5, 7, requires_grad=needs_grad)
+        dp_flash_attention(rows, rows, rows, bounds=bounds, noise=CallNoise(TestKey(1)), mu=1.0)
+        assert [shape.needs_grad for shape in shapes] == [needs_grad] * 2
+        assert len(ran) == (8 if needs_grad else 0)  # two back ends, once to warm up and three times
+        shapes.clear()
+
+
 def test_names_on_this_machine():
     found = available_backends("cpu")
     assert {"flash", "math"} <= set(found)

@@ -51,7 +51,7 @@ def neighbouring_outputs(plan):
     Halves go to even, so a number of steps and a half is moved off the half by an eighth.
     """
     grid, width = grids_of(plan).unsqueeze(-1), plan.value_width
-    steps = torch.from_numpy(plan.sensitivity)[:, None, :, None] / math.sqrt(width) / grid
+    steps = torch.from_numpy(plan.sensitivity.copy())[:, None, :, None] / math.sqrt(width) / grid
     # As far apart as Δ allows: a whole number of steps and an eighth, so that rounding moves both ends outwards.
     apart = torch.floor(steps - 0.125) + 0.125
     first = (0.4375 * grid).expand(*plan.stddev.shape, width)
@@ -63,7 +63,7 @@ def moved_over_noise(plan):
     first, second = neighbouring_outputs(plan)
     apart = (on_grid(plan, second) - on_grid(plan, first)).square().sum(-1)  # over each row
     exact = ((second - first) / grids_of(plan).unsqueeze(-1)).square().sum(-1)
-    allowed = torch.from_numpy(plan.sensitivity)[:, None, :] / grids_of(plan)
+    allowed = torch.from_numpy(plan.sensitivity.copy())[:, None, :] / grids_of(plan)
     assert bool((exact.sqrt() <= allowed).all())  # they are neighbours
     return math.sqrt(float(apart.sum())) / plan.precision.steps
 
@@ -102,7 +102,7 @@ def test_every_row_head_and_call_has_the_mu_that_is_claimed(contexts):
     assert 0.0 < plan.precision.rounding <= 2.0**-10 * min(plan.head_mus)
     # Δ/σ is what continuous noise would cost; γ·√E/σ is the same for every row, whatever its σ.
     shares = (
-        torch.from_numpy(plan.sensitivity)[:, None, :] / plan.stddev.double()
+        torch.from_numpy(plan.sensitivity.copy())[:, None, :] / plan.stddev.double()
         + math.sqrt(16) / plan.precision.steps
     )
     entries = shares.square() if contexts is Contexts.SHARED else shares[:1].square()

@@ -117,7 +117,7 @@ def choose_backend(name: str, call: AttentionCall, *, rounding: Rounding | None)
         )
     if len(takers) == 1:
         return takers[0]
-    shape = CallShape.of(call)
+    shape = CallShape.of(call, needs_grad=needs_grad)
     return min(takers, key=lambda backend: measured_seconds(backend.name, shape))
 
 
@@ -133,9 +133,10 @@ class CallShape:
     causal: bool
     hides: bool
     null_rows: bool
+    needs_grad: bool = False
 
     @classmethod
-    def of(cls, call: AttentionCall) -> CallShape:
+    def of(cls, call: AttentionCall, *, needs_grad: bool = False) -> CallShape:
         """Returns a call's shape."""
         return cls(
             device=str(call.query.device),
@@ -146,13 +147,14 @@ class CallShape:
             causal=call.causal,
             hides=call.hidden is not None,
             null_rows=call.null_rows > 0.0,
+            needs_grad=needs_grad,
         )
 
     def example(self) -> AttentionCall:
         """Returns a call of this shape over made-up rows, with noise of a test key: to be timed and thrown away."""
 
         def rows(*shape: int) -> Tensor:
-            return torch.ones(shape, dtype=self.dtype, device=self.device)
+            return torch.ones(shape, dtype=self.dtype, device=self.device, requires_grad=self.needs_grad)
 
         batch, heads, queries, _ = self.query
         return AttentionCall(
@@ -175,13 +177,18 @@ class CallShape:
 
 @lru_cache(maxsize=256)
 def measured_seconds(name: str, shape: CallShape) -> float:
-    """Returns the shortest of three timed runs of a back end on a shape; remembered for the process."""
+    """Returns the shortest of three timed runs of a back end on a shape; remembered for the process.
+
+    A run is a forward pass, and a backward pass where the call needs gradients.
+    """
     backend, call = get_backend(name, torch.device(shape.device)), shape.example()
 
     def run() -> float:
         began = time.perf_counter()
-        with torch.no_grad():
-            backend.release(call)
+        with torch.set_grad_enabled(shape.needs_grad):
+            output = backend.release(call)
+        if shape.needs_grad:
+            torch.autograd.grad(output, (call.query, call.key, call.value), torch.ones_like(output))
         if torch.device(shape.device).type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_attention.attention.kernels.launch import on_device
 from dp_flash_attention.attention.kernels.narrow import rounded
+from dp_flash_attention.attention.kernels.operands import on_device
 from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels.transform import tile_normals
 from dp_flash_attention.noise.kernels.writer import refuse_graph_capture, require_agreement

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 _VALUE_WIDTHS: Final = (16, 32, 64, 128, 256)
 _MAX_WIDTH: Final = 256
-_DTYPES: Final = (torch.float32, torch.bfloat16)
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 # Squares of numbers around the bounds, and products of rows up to 2^40 bounds, stay inside float32's range.
 _MIN_NORM: Final = 2.0**-40
 _MAX_NORM: Final = 2.0**40
 # A weight is at least e^(-2S) = 2^-58 and a value's factor 2^-40 or 0: their product is a normal number of
-# bfloat16, so that rounding it is a relative error (docs/kernels.md).
+# float32's range, so that rounding it is a relative error (docs/kernels.md).
 _MAX_SCORE_BOUND: Final = 20.0
 
 
 class TritonBackend:
-    """One kernel that clips, attends and adds noise; the output is written once. Forward only.
+    """One kernel that clips, attends and adds noise; the output is written once. Two kernels for its gradients.
 
     Guarantees:
         * Neighbouring relation, privacy unit, sensitivity, what is public: those of the call's plan; this object
@@ -46,17 +46,19 @@ class TritonBackend:
         """Returns why it cannot run ``call``, or None if it can."""
         return (
             _refused_device(call.query)
-            or ("it has no backward pass" if needs_grad else None)
             or _refused_shape(call)
             or _refused_range(call)
             or _refused_noise(call)
-            or _failed_check(call)
+            or _failed_check(call, needs_grad=needs_grad)
         )
 
     def release(self, call: AttentionCall) -> Tensor:
-        """Returns the noisy output, [B, H, Q, E] in ``out_dtype``, contiguous."""
+        """Returns the noisy output, [B, H, Q, E] in ``out_dtype``, contiguous; differentiable if inputs need it."""
+        from dp_flash_attention.attention.kernels.differentiable import differentiable_attention
         from dp_flash_attention.attention.kernels.launch import attention_forward
 
+        if torch.is_grad_enabled() and any(rows.requires_grad for rows in (call.query, call.key, call.value)):
+            return differentiable_attention(call)
         output, _ = attention_forward(call)
         return output
 
@@ -75,7 +77,7 @@ def _refused_device(query: Tensor) -> str | None:
 
 def _refused_shape(call: AttentionCall) -> str | None:
     if call.query.dtype not in _DTYPES:
-        return f"it takes float32 and bfloat16, not {call.query.dtype} (float16 holds no weight below 2^-24)"
+        return f"it takes float32, bfloat16 and float16, not {call.query.dtype}"
     if not 1 <= call.query.shape[3] <= _MAX_WIDTH:
         return f"queries of width {call.query.shape[3]} are wider than {_MAX_WIDTH}"
     if call.value.shape[3] not in _VALUE_WIDTHS:
@@ -98,10 +100,15 @@ def _refused_noise(call: AttentionCall) -> str | None:
     return None
 
 
-def _failed_check(call: AttentionCall) -> str | None:
+def _failed_check(call: AttentionCall, *, needs_grad: bool) -> str | None:
     """Runs the kernels on small problems at their first use on a device, before anything is spent."""
     from dp_flash_attention.attention.kernels.launch import kernel_key
-    from dp_flash_attention.attention.kernels.selfcheck import disagreement
+    from dp_flash_attention.attention.kernels.launch_split import default_splits
+    from dp_flash_attention.attention.kernels.selfcheck import (
+        disagreement,
+        gradient_disagreement,
+        split_disagreement,
+    )
     from dp_flash_attention.noise.kernels.writer import require_agreement
 
     if call.noise is not None:
@@ -109,7 +116,13 @@ def _failed_check(call: AttentionCall) -> str | None:
             require_agreement(call.query, kernel_key(call.noise))
         except NoiseUnavailableError as error:
             return str(error)
-    return disagreement(str(call.query.device), call.query.dtype)
+    device, dtype = str(call.query.device), call.query.dtype
+    reason = disagreement(device, dtype)
+    if reason is None and default_splits(call) > 1:
+        reason = split_disagreement(device, dtype)
+    if reason is None and needs_grad:
+        reason = gradient_disagreement(device, dtype)
+    return reason
 
 
 def make_backend() -> AttentionBackend:

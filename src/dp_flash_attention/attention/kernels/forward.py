@@ -18,74 +18,13 @@ Shapes as in ``attention.interface``. One program computes BLOCK_M queries of on
 import triton
 import triton.language as tl
 
-from dp_flash_attention.attention.kernels.narrow import dot, rounded
-from dp_flash_attention.attention.kernels.row_factors import row_factors
-from dp_flash_attention.noise.kernels.transform import tile_normals
+from dp_flash_attention.attention.kernels.accumulate import accumulate, accumulate_passes, clipped_queries
+from dp_flash_attention.attention.kernels.epilogue import finish
 
 _NEVER_SPECIALISED = [
     *("query_norm", "key_norm", "value_norm", "scale_log2", "shift_log2", "null_weight"),
     *("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "step"),
 ]
-
-
-@triton.jit
-def _accumulate(
-    sums,
-    weights,
-    query,
-    query_index,
-    rows,
-    bounds,
-    first,
-    last,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_HIDDEN: tl.constexpr,
-    INLINE_FACTORS: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds rows first … last-1 to the weighted sums [BLOCK_M, BLOCK_E] and the sums of weights [BLOCK_M]."""
-    key, value, key_factors, value_factors, hidden, stride_kk, stride_kd, stride_vk, stride_ve, stride_nk = (
-        rows
-    )
-    num_rows, key_norm, value_norm, scale_log2, shift_log2 = bounds
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_E)
-    for start in tl.range(first, last, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
-        inside = row < num_rows
-        far = row.to(tl.int64)[:, None]
-        key_tile = tl.load(
-            key + far * stride_kk + d[None, :] * stride_kd,
-            mask=inside[:, None] & (d < WIDTH)[None, :],
-            other=0.0,
-        )
-        value_tile = tl.load(
-            value + far * stride_vk + e[None, :] * stride_ve, mask=inside[:, None], other=0.0
-        )
-        if INLINE_FACTORS:
-            key_factor = row_factors(key_tile, key_norm)
-            value_factor = row_factors(value_tile, value_norm)
-        else:
-            key_factor = tl.load(key_factors + row, mask=inside, other=0.0)
-            value_factor = tl.load(value_factors + row, mask=inside, other=0.0)
-        seen = inside
-        if HAS_HIDDEN:
-            seen = seen & (tl.load(hidden + row.to(tl.int64) * stride_nk, mask=inside, other=1) == 0)
-        # A row that nobody sees has the exponent -inf, hence the weight 0: no product is spent on the mask.
-        shift = tl.where(seen, -shift_log2, float("-inf"))
-        scores = dot(query, tl.trans(key_tile), tl.zeros([query.shape[0], BLOCK_N], tl.float32), PRECISION)
-        # Where the factor is 0 the score may have overflowed, and infinity times zero is not zero.
-        scores = tl.where((key_factor > 0.0)[None, :], scores * (key_factor * scale_log2)[None, :], 0.0)
-        weight = tl.exp2(scores + shift[None, :])
-        if DIAGONAL:
-            weight = tl.where(row[None, :] <= query_index[:, None], weight, 0.0)
-        weights += tl.sum(weight, axis=1)
-        sums = dot(rounded(weight * value_factor[None, :], value_tile.dtype), value_tile, sums, PRECISION)
-    return sums, weights
 
 
 @triton.jit(do_not_specialize=_NEVER_SPECIALISED)
@@ -170,8 +109,6 @@ def dp_attention_fwd_kernel(
     num_groups = num_heads // heads_per_group
     first_query = block * BLOCK_M
     t = first_query + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_E)
 
     query += b * stride_qb + h * stride_qh
     key += b * stride_kb + g * stride_kg
@@ -180,13 +117,7 @@ def dp_attention_fwd_kernel(
     value_factors += (b * num_groups + g) * num_rows
     hidden += b * stride_nb
 
-    queries = tl.load(
-        query + t.to(tl.int64)[:, None] * stride_qq + d[None, :] * stride_qd,
-        mask=(t < num_queries)[:, None] & (d < WIDTH)[None, :],
-        other=0.0,
-    )
-    clipped = rounded(queries.to(tl.float32) * row_factors(queries, query_norm)[:, None], queries.dtype)
-
+    clipped = clipped_queries(query, t, stride_qq, stride_qd, num_queries, query_norm, WIDTH, BLOCK_D)
     sums = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     weights = tl.zeros([BLOCK_M], tl.float32)
     rows = (
@@ -205,7 +136,7 @@ def dp_attention_fwd_kernel(
     if CAUSAL:
         last = tl.minimum(num_rows, first_query + BLOCK_M)
         diagonal = tl.minimum(last, first_query // BLOCK_N * BLOCK_N)
-        sums, weights = _accumulate(
+        sums, weights = accumulate(
             sums,
             weights,
             clipped,
@@ -223,7 +154,7 @@ def dp_attention_fwd_kernel(
             False,
             PRECISION,
         )
-        sums, weights = _accumulate(
+        sums, weights = accumulate(
             sums,
             weights,
             clipped,
@@ -242,7 +173,7 @@ def dp_attention_fwd_kernel(
             PRECISION,
         )
     elif PASS_ROWS is None:
-        sums, weights = _accumulate(
+        sums, weights = accumulate(
             sums,
             weights,
             clipped,
@@ -261,63 +192,41 @@ def dp_attention_fwd_kernel(
             PRECISION,
         )
     else:
-        # Long contexts in passes with sums of their own: fewer roundings touch a sum (interface.PASS_ROWS).
-        for first in tl.range(0, num_rows, PASS_ROWS):
-            pass_sums, pass_weights = _accumulate(
-                tl.zeros([BLOCK_M, BLOCK_E], tl.float32),
-                tl.zeros([BLOCK_M], tl.float32),
-                clipped,
-                t,
-                rows,
-                bounds,
-                first,
-                tl.minimum(num_rows, first + PASS_ROWS),
-                WIDTH,
-                BLOCK_D,
-                BLOCK_E,
-                BLOCK_N,
-                HAS_HIDDEN,
-                INLINE_FACTORS,
-                False,
-                PRECISION,
-            )
-            sums += pass_sums
-            weights += pass_weights
-
-    denominator = weights + null_weight
-    # A query that sees nothing has denominator 0 and sums 0; its output is 0.
-    result = sums / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
-    inside = t < num_queries
-    row = head * num_queries + t
-    if CIPHER is not None:
-        scale = tl.load(
-            stddev + b * stride_sb + h * stride_sh + t.to(tl.int64) * stride_sq, mask=inside, other=0.0
+        sums, weights = accumulate_passes(
+            sums,
+            weights,
+            clipped,
+            t,
+            rows,
+            bounds,
+            0,
+            num_rows,
+            WIDTH,
+            BLOCK_D,
+            BLOCK_E,
+            BLOCK_N,
+            PASS_ROWS,
+            HAS_HIDDEN,
+            INLINE_FACTORS,
+            PRECISION,
         )
-        tiles: tl.constexpr = BLOCK_M * BLOCK_E // 2048
-        # The interpreter ignores the annotations of the arguments; on a device these conversions do nothing.
-        words = (
-            k0.to(tl.uint32),
-            k1.to(tl.uint32),
-            k2.to(tl.uint32),
-            k3.to(tl.uint32),
-            k4.to(tl.uint32),
-            k5.to(tl.uint32),
-            k6.to(tl.uint32),
-            k7.to(tl.uint32),
-        )
-        normals = tile_normals(
-            words,
-            (block * tiles).to(tl.uint64),
-            head.to(tl.uint32),
-            step.to(tl.uint64),
-            2.0,
-            stddev,
-            CIPHER,
-            tiles,
-        )
-        result += scale[:, None] * tl.reshape(normals, [BLOCK_M, BLOCK_E])
-    tl.store(
-        out + row[:, None] * BLOCK_E + e[None, :], rounded(result, out.dtype.element_ty), mask=inside[:, None]
+    finish(
+        sums,
+        weights,
+        null_weight,
+        shift_log2,
+        out,
+        lse,
+        stddev,
+        (stride_sb, stride_sh, stride_sq),
+        head,
+        num_heads,
+        block,
+        num_queries,
+        (k0, k1, k2, k3, k4, k5, k6, k7),
+        step,
+        BLOCK_E,
+        BLOCK_M,
+        STORE_LSE,
+        CIPHER,
     )
-    if STORE_LSE:
-        tl.store(lse + row, tl.log(denominator) + shift_log2 * 0.6931471805599453, mask=inside)

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from dp_flash_attention.attention.interface import PASS_ROWS, AttentionCall, NoiseStream
 from dp_flash_attention.attention.kernels.forward import dp_attention_fwd_kernel
-from dp_flash_attention.attention.kernels.row_factors import row_factors_kernel
+from dp_flash_attention.attention.kernels.launch_split import attention_split, default_splits
+from dp_flash_attention.attention.kernels.operands import LOG2_E, hidden_bytes, on_device, row_factors
 from dp_flash_attention.core.errors import NoiseUnavailableError
 from dp_flash_attention.noise import FastNormalGenerator, SecureNormalGenerator
 from dp_flash_attention.noise.device import KernelKey
 from dp_flash_attention.noise.kernels.writer import refuse_graph_capture
 from dp_flash_attention.noise.keystream import TILE_NUMBERS
 
-_LOG2_E: Final = math.log2(math.e)
-_FACTOR_BLOCK_NUMBERS: Final = 8192
 NUM_STAGES: Final = 2
 """Tiles of keys and values in flight. Not yet measured."""
 
@@ -73,7 +72,11 @@ def default_factors(call: AttentionCall) -> Factors:
 
 
 def attention_forward(
-    call: AttentionCall, *, factors: Factors | None = None, with_lse: bool = False
+    call: AttentionCall,
+    *,
+    factors: Factors | None = None,
+    splits: int | None = None,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the call's output, [B, H, Q, E], and the logarithms of the denominators, float32 [B, H, Q].
 
@@ -82,6 +85,8 @@ def attention_forward(
     Args:
         call: A call that ``TritonBackend.refusal`` has nothing against.
         factors: Where row factors are computed; None chooses by shape.
+        splits: Into how many ranges of rows the work is cut, each of whole passes; None chooses by shape, and more
+            than there are passes means one for each. 1 for a causal call.
         with_lse: Whether the logarithms are wanted; None is returned in their place if not.
 
     Raises:
@@ -99,12 +104,25 @@ def attention_forward(
     noise = None if call.noise is None else kernel_key(call.noise)
     stddev = query.new_zeros(1, 1, 1, dtype=torch.float32) if call.stddev is None else call.stddev
     stddev = on_device(stddev, query.device)
-    hidden = None if call.hidden is None else call.hidden.to(query.device).view(torch.uint8)
+    hidden = hidden_bytes(call)
     inline = (default_factors(call) if factors is None else factors) == "inline"
     block_m, block_n, num_warps = block_shape(num_queries, width, value_width, query.dtype, inline=inline)
+    parts = default_splits(call) if splits is None else splits
     with torch.cuda.device_of(query):
         key_factors = key if inline else row_factors(key, call.norms.key)
         value_factors = value if inline else row_factors(value, call.norms.value)
+        if parts > 1:
+            attention_split(
+                call,
+                out,
+                lse,
+                splits=parts,
+                factors=None if inline else (key_factors, value_factors),
+                hidden=hidden,
+                stddev=stddev,
+                noise=noise,
+            )
+            return out, lse
         dp_attention_fwd_kernel[(triton.cdiv(num_queries, block_m) * batch * num_heads,)](
             query,
             key,
@@ -127,8 +145,8 @@ def attention_forward(
             call.norms.query,
             call.norms.key,
             call.norms.value,
-            call.scale * _LOG2_E,
-            call.score_bound * _LOG2_E,
+            call.scale * LOG2_E,
+            call.score_bound * LOG2_E,
             call.null_rows * math.exp(-call.score_bound),
             *((0,) * 8 if noise is None else noise.words),
             0 if noise is None else noise.step,
@@ -150,35 +168,3 @@ def attention_forward(
             num_stages=NUM_STAGES,
         )
     return out, lse
-
-
-def on_device(stddev: Tensor, device: torch.device) -> Tensor:
-    """Returns an expanded tensor on a device; what is expanded is not copied."""
-    own = stddev
-    for dim, stride in enumerate(stddev.stride()):
-        if stride == 0 and own.shape[dim] > 1:
-            own = own.narrow(dim, 0, 1)
-    return own.to(device).expand(stddev.shape)
-
-
-def row_factors(rows: Tensor, norm: float) -> Tensor:
-    """Returns min(1, norm/‖x‖) for each row of [B, G, K, width], float32 [B, G, K]."""
-    batch, num_groups, num_rows, width = rows.shape
-    out = torch.empty((batch, num_groups, num_rows), device=rows.device)
-    if out.numel() == 0:
-        return out
-    block_width = triton.next_power_of_2(width)
-    block = max(1, _FACTOR_BLOCK_NUMBERS // block_width)
-    row_factors_kernel[(triton.cdiv(num_rows, block) * batch * num_groups,)](
-        rows,
-        out,
-        *rows.stride(),
-        num_groups,
-        num_rows,
-        norm,
-        WIDTH=width,
-        BLOCK_WIDTH=block_width,
-        BLOCK_ROWS=block,
-        num_warps=4,
-    )
-    return out

@@ -30,6 +30,27 @@ def row_factors(x, norm):
 
 
 @triton.jit
+def row_gradients(grad, x, norm):
+    """Returns the gradient with respect to x, where ``grad`` is that with respect to the clipped rows; float32.
+
+    With u = x/‖x‖ it is f·(g − ⟨g, u⟩u) for a row of norm R or more, and g for a shorter one. A row of norm R is at a kink,
+    where both are right; it counts as clipped, as in ``attention.rows.clip_rows``. A row that counts as zero has the
+    gradient 0.
+
+    Args:
+        grad: float32 [rows, width], zeros where x has no number.
+        x: [rows, width] of any floating dtype, zeros where there is no number.
+        norm: R, a float32 scalar.
+    """
+    wide = x.to(tl.float32)
+    length = tl.sqrt_rn(tl.sum(wide * wide, axis=1))
+    factor = row_factors(x, norm)
+    unit = wide * (factor / norm)[:, None]
+    along = tl.where(length >= norm, tl.sum(grad * unit, axis=1), 0.0)
+    return factor[:, None] * (grad - along[:, None] * unit)
+
+
+@triton.jit
 def row_factors_kernel(
     x,
     out,

@@ -9,7 +9,7 @@ import triton
 
 from dp_flash_attention.attention.interface import AttentionCall, NoiseStream, Rounding, RowNorms
 from dp_flash_attention.attention.kernels import backend as backend_module
-from dp_flash_attention.attention.kernels import launch
+from dp_flash_attention.attention.kernels import launch, selfcheck
 from dp_flash_attention.attention.kernels.backend import TritonBackend, make_backend
 from dp_flash_attention.attention.reference import reference_attention, reference_noise
 from dp_flash_attention.core.errors import DependencyMissingError, NoiseReuseError
@@ -43,33 +43,34 @@ def test_it_promises_the_narrower_model_and_hence_both():
     assert set(BACKEND.roundings) == {Rounding.FIXED_SHIFT, Rounding.RUNNING_MAX}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_release_is_the_exact_part_and_the_noise(dtype):
     call = make_call(dtype=dtype)
     assert BACKEND.refusal(call, needs_grad=False) is None
     got = BACKEND.release(call)
     want = reference_attention(call) + reference_noise(call)
-    # bfloat16: see test_forward.tolerance, with S = 2.
-    assert (got - want).abs().max() < (1e-5 if dtype is torch.float32 else 0.02)
+    # See test_forward.tolerance, with S = 2.
+    assert (got - want).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.0025}[
+        dtype
+    ]
     assert got.is_contiguous()
     assert torch.equal(got, BACKEND.release(call))  # the same bytes for the same key and call
 
 
 @pytest.mark.parametrize(
-    ("changes", "needs_grad", "reason"),
+    ("changes", "reason"),
     [
-        ({}, True, "no backward pass"),
-        ({"dtype": torch.float16}, False, "float16"),
-        ({"dtype": torch.float64}, False, "float64"),
-        ({"width": 257}, False, "wider than 256"),
-        ({"value_width": 24}, False, "whole tiles of noise"),
-        ({"value_width": 8}, False, "whole tiles of noise"),
-        ({"cipher": "aes-256-ctr"}, False, "needs 'chacha20'"),
-        ({"score_bound": 20.5}, False, "score bound"),
-        ({"norms": RowNorms(query=1.0, key=1.0, value=2.0**-41)}, False, "row bound"),
-        ({"norms": RowNorms(query=2.0**41, key=1.0, value=1.0)}, False, "row bound"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"width": 257}, "wider than 256"),
+        ({"value_width": 24}, "whole tiles of noise"),
+        ({"value_width": 8}, "whole tiles of noise"),
+        ({"cipher": "aes-256-ctr"}, "needs 'chacha20'"),
+        ({"score_bound": 20.5}, "score bound"),
+        ({"norms": RowNorms(query=1.0, key=1.0, value=2.0**-41)}, "row bound"),
+        ({"norms": RowNorms(query=2.0**41, key=1.0, value=1.0)}, "row bound"),
     ],
 )
+@pytest.mark.parametrize("needs_grad", [False, True])
 def test_what_it_refuses_and_why(changes, needs_grad, reason):
     assert reason in BACKEND.refusal(make_call(**changes), needs_grad=needs_grad)
 
@@ -111,8 +112,18 @@ def test_a_captured_graph_is_refused_before_anything_runs(monkeypatch):
         BACKEND.release(make_call())
 
 
-def test_it_writes_no_gradient_and_says_so():
-    call = make_call()
-    call.query.requires_grad_(True)
-    assert not BACKEND.release(call).requires_grad
-    assert BACKEND.refusal(call, needs_grad=True) is not None
+def test_gradients_are_checked_on_the_device_only_where_they_are_needed(monkeypatch):
+    monkeypatch.setattr(
+        selfcheck, "gradient_disagreement", lambda *args: "its gradient misses the reference by 1"
+    )
+    assert BACKEND.refusal(make_call(), needs_grad=False) is None
+    assert BACKEND.refusal(make_call(), needs_grad=True) == "its gradient misses the reference by 1"
+    monkeypatch.undo()
+    assert BACKEND.refusal(make_call(), needs_grad=True) is None
+
+
+def test_ranges_of_rows_are_checked_on_the_device_only_where_they_are_used(monkeypatch):
+    monkeypatch.setattr(selfcheck, "split_disagreement", lambda *args: "it misses the reference by 1")
+    many = torch.zeros(1, 1, 1025, 16)
+    for rows, reason in ((many[:, :, :1024], None), (many, "it misses the reference by 1")):
+        assert BACKEND.refusal(make_call(key=rows, value=rows), needs_grad=False) == reason

@@ -75,7 +75,7 @@ def worst_context():
     return query, key, value, u
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_worst_pair_of_contexts_reaches_the_sensitivity_and_stays_within_it(dtype):
     query, key, value, u = worst_context()
     other_value, other_key = value.clone(), key.clone()
@@ -83,13 +83,13 @@ def test_the_worst_pair_of_contexts_reaches_the_sensitivity_and_stays_within_it(
     moved = (exact(query, key, value, dtype=dtype) - exact(query, other_key, other_value, dtype=dtype)).norm()
     bound = charged(replace_one_sensitivity, dtype, rest=ROWS - 1)
     assert moved <= bound
-    assert moved >= (0.999 if dtype is torch.float32 else 0.95) * bound
+    assert moved >= (0.95 if dtype is torch.bfloat16 else 0.99) * bound
     # Planted: values that are not clipped.
     far = exact(query, key, value, dtype=dtype, clip_values=False)
     assert (far - exact(query, key, other_value, dtype=dtype, clip_values=False)).norm() > bound
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_removing_the_worst_row_stays_within_the_sensitivity(dtype):
     query, key, value, _ = worst_context()
     hidden = torch.zeros(1, ROWS, dtype=torch.bool)
@@ -112,7 +112,7 @@ def test_removing_the_worst_row_stays_within_the_sensitivity(dtype):
     assert forgotten.norm() > bound
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_row_whatever_it_holds_moves_the_output_further(dtype, rng):
     query = torch.randn(1, 1, 1, WIDTH)
     bound = charged(replace_one_sensitivity, dtype, rest=ROWS - 1)
@@ -120,10 +120,13 @@ def test_no_row_whatever_it_holds_moves_the_output_further(dtype, rng):
     for _ in range(40):
         scale = torch.tensor(10.0 ** rng.uniform(-30, 38, size=(2, ROWS, 1)), dtype=torch.float64)
         key, value = (torch.randn(1, 1, ROWS, WIDTH).double() * scale[k] for k in (0, 1))
-        key, value = (each.clamp(-3e38, 3e38).float() for each in (key, value))
         other_key, other_value = key.clone(), value.clone()
-        other_key[0, 0, 3] = torch.randn(WIDTH) * 10.0 ** rng.uniform(-30, 37)
-        other_value[0, 0, 3] = torch.randn(WIDTH) * 10.0 ** rng.uniform(-30, 37)
+        for each in (other_key, other_value):
+            each[0, 0, 3] = torch.randn(WIDTH) * 10.0 ** rng.uniform(-30, 37)
+        most = 0.9 * torch.finfo(dtype).max
+        key, value, other_key, other_value = (
+            each.clamp(-most, most) for each in (key, value, other_key, other_value)
+        )
         moved = exact(query, key, value, dtype=dtype) - exact(query, other_key, other_value, dtype=dtype)
         assert float(moved.norm()) <= bound  # a NaN is not
         largest = max(largest, float(moved.norm()))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dp_flash_attention.attention.kernels.launch import row_factors
+from dp_flash_attention.attention.kernels.operands import row_factors
 from dp_flash_attention.attention.sensitivity import clip_threshold
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

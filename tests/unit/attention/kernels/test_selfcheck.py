@@ -9,22 +9,35 @@ from dp_flash_attention.attention.interface import AttentionCall, RowNorms
 from dp_flash_attention.attention.kernels import backend, selfcheck
 from dp_flash_attention.attention.kernels.backend import TritonBackend
 from dp_flash_attention.attention.kernels.launch import attention_forward
-from dp_flash_attention.attention.kernels.selfcheck import disagreement
+from dp_flash_attention.attention.kernels.launch_backward import attention_backward
+from dp_flash_attention.attention.kernels.selfcheck import (
+    disagreement,
+    gradient_disagreement,
+    split_disagreement,
+)
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    disagreement.cache_clear()
+    checks = (disagreement, gradient_disagreement, split_disagreement)
+    for check in checks:
+        check.cache_clear()
     yield
-    disagreement.cache_clear()
+    for check in checks:
+        check.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_it_agrees(dtype):
     assert disagreement("cpu", dtype) is None
+    assert gradient_disagreement("cpu", dtype) is None
+    assert split_disagreement("cpu", dtype) is None
 
 
-@pytest.mark.parametrize(
+mistakes = pytest.mark.parametrize(
     "change",
     [
         {"null_rows": 0.0},
@@ -34,7 +47,10 @@ def test_it_agrees(dtype):
         {"norms": RowNorms(query=20.0, key=30.0, value=1.5)},
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@mistakes
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_it_sees_mistakes(change, dtype, monkeypatch):
     monkeypatch.setattr(
         selfcheck,
@@ -42,6 +58,18 @@ def test_it_sees_mistakes(change, dtype, monkeypatch):
         lambda call, **kwargs: attention_forward(dataclasses.replace(call, **change), **kwargs),
     )
     assert "misses the reference" in disagreement("cpu", dtype)
+    assert "misses the reference" in split_disagreement("cpu", dtype)
+
+
+@mistakes
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_sees_mistakes_of_gradients(change, dtype, monkeypatch):
+    monkeypatch.setattr(
+        selfcheck,
+        "attention_backward",
+        lambda call, grad: attention_backward(dataclasses.replace(call, **change), grad),
+    )
+    assert "misses the reference" in gradient_disagreement("cpu", dtype)
 
 
 def call():
@@ -65,4 +93,4 @@ def test_a_failed_check_makes_the_back_end_refuse(monkeypatch):
     assert TritonBackend().refusal(call(), needs_grad=False) is None
     monkeypatch.setattr(selfcheck, "disagreement", lambda *args: "it misses the reference by 1")
     assert TritonBackend().refusal(call(), needs_grad=False) == "it misses the reference by 1"
-    assert backend._failed_check(call()) is not None
+    assert backend._failed_check(call(), needs_grad=False) is not None
