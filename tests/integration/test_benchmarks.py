@@ -26,22 +26,53 @@ def run(name: str, *options: object) -> Any:
     return json.loads(done.stdout)
 
 
-def test_the_models_of_the_gpu_run_on_a_cpu_by_the_same_code() -> None:
-    found = run(
-        "train_step",
-        *("--device", "cpu", "--models", "tiny", "tiny-llama", "tiny-slice", "--lengths", 8),
-        *("--repeats", 1, "--dtype", "bfloat16", "--eager", "--time-only"),
+# A machine with torch, triton, numpy, scipy, rich and typer alone.
+BARE = """
+import sys
+for name in ("cryptography", "OpenSSL", "dp_accounting", "safetensors", "opacus", "pandas", "transformers", "matplotlib"):
+    sys.modules[name] = None
+sys.path.insert(0, sys.argv.pop(1))
+import train_step
+train_step.main()
+"""
+
+
+def test_the_models_of_the_gpu_run_on_a_cpu_by_the_same_code_and_need_no_other_package() -> None:
+    options = ["--device", "cpu", "--models", "tiny", "tiny-llama", "tiny-slice", "--lengths", "8"]
+    options += ["--repeats", "1", "--dtype", "bfloat16", "--eager", "--time-only", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, BENCHMARKS, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     rows = {(row["name"], row["config"]["name"]): row for row in found["rows"]}
-    assert {key for key in rows if key[0] in ("ours", "non-private eager")} == {
+    assert rows.keys() == {
         (mode, model)
         for mode in ("ours", "non-private eager")
         for model in ("tiny", "tiny-llama", "tiny-slice")
     }
-    assert rows["ours", "tiny"]["config"]["path"] == "eager, bf16 autocast, torch norms, noise secure"
+    path = rows["ours", "tiny"]["config"]["path"]
+    assert path == "eager, bf16 autocast, torch norms, noise fast: cryptography is not installed"
     assert all(row["value"] > 0 for row in rows.values())
     assert {bar["name"] for bar in found["bars"]} >= {"ours / non-private eager, tiny-llama, T=8"}
-    assert found["versions"]["torch"]
+
+
+def test_the_roofline_is_arithmetic() -> None:
+    rows = run("roofline")["rows"]
+    by = {
+        (r["name"], r["config"]["name"][:4], r["config"]["d_model"], r["config"]["seq_len"]): r for r in rows
+    }
+    # Bound by products: 16 T² d beside 72 T d².
+    assert by["gram", "H100", 4096, 1024]["ratio"] == pytest.approx(1 + 16 * 1024 / (72 * 4096))
+    assert by["outer", "H100", 4096, 1024]["ratio"] == pytest.approx(4 / 3)
+    # Bound by bytes: 12 d² float32 numbers three times, over 3.35 TB/s.
+    formed = by["formed", "H100", 768, 512]
+    seconds = 72 * 512 * 768**2 / 989e12 + 144 * 768**2 / 3.35e12
+    assert formed["value"] == pytest.approx(seconds * 1e6)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

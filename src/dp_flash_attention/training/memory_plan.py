@@ -12,7 +12,7 @@ microbatch size change speed and memory, never what is released.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,6 +87,7 @@ def measured_peaks(
     rows: Any,
     *,
     strategies: tuple[Strategy, ...] = ("bookkeeping", "two_pass"),
+    fallback_modules: Collection[str] = (),
 ) -> dict[Strategy, PeakOf]:
     """Returns each strategy's peak as a function of the microbatch size, from steps of two and four examples.
 
@@ -95,16 +96,20 @@ def measured_peaks(
     Args:
         model: The model, on its device.
         loss_fn: Maps model and rows to one loss for each row.
-        rows: A tree of tensors with at least one row each, of the shape that training will have; it is repeated.
+        rows: A tree of tensors of the shapes that training will have, whose values are not looked at: the steps see ones,
+            which are valid ids, labels, masks and features alike, so that the result tells nothing of records.
         strategies: Which of them, the preferred one first.
+        fallback_modules: See ``ClippedGradientAccumulator``.
     """
     device = next(model.parameters()).device
     peaks: dict[Strategy, PeakOf] = {}
     for strategy in strategies:
-        accumulator = ClippedGradientAccumulator(model, l2_clip_norm=1.0, strategy=strategy)
+        accumulator = ClippedGradientAccumulator(
+            model, l2_clip_norm=1.0, strategy=strategy, fallback_modules=fallback_modules
+        )
 
         def step(size: int, accumulator: ClippedGradientAccumulator = accumulator) -> None:
-            inputs = pytree.tree_map_only(Tensor, lambda leaf: leaf[:1].expand(size, *leaf.shape[1:]), rows)
+            inputs = pytree.tree_map_only(Tensor, lambda leaf: _ones(leaf, size).to(device), rows)
             accumulator.reset()
             accumulator.add(lambda: loss_fn(model, inputs), batch_size=size)
             accumulator.reset()
@@ -113,6 +118,30 @@ def measured_peaks(
         few, more = (peak_live_bytes(partial(step, size), device=device) for size in (2, 4))
         peaks[strategy] = _line(few, more)
     return peaks
+
+
+def _ones(leaf: Tensor, size: int) -> Tensor:
+    return leaf.new_ones((size, *leaf.shape[1:]))
+
+
+def require_fit(peak_of: PeakOf, *, microbatch_size: int, limit_bytes: int) -> None:
+    """Refuses a microbatch whose step would hold more than a limit.
+
+    Raises:
+        InvalidInputError: If it would; the bound is the largest microbatch that fits.
+    """
+    if peak_of(microbatch_size) <= limit_bytes:
+        return
+    largest = max((size for size in range(1, microbatch_size) if peak_of(size) <= limit_bytes), default=0)
+    peak, limit = (f"{number / 2**20:,.1f} MiB" for number in (peak_of(microbatch_size), limit_bytes))
+    raise InvalidInputError(
+        "microbatch_size",
+        f"{microbatch_size}, whose step would hold {peak}",
+        bound=f"at most {largest} for memory_limit_bytes of {limit}",
+        remedy="Lower it."
+        if largest
+        else "Use activation checkpointing with the strategy 'two_pass', a LinearCrossEntropy head, or shorter records.",
+    )
 
 
 def _line(two: int, four: int) -> PeakOf:
