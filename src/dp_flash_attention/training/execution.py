@@ -15,7 +15,7 @@ from dp_flash_attention.core.validation import positive_int
 class ExecutionConfig:
     """How a plan is carried out.
 
-    All but the last decide the order of floating-point additions, so a run is resumed with the values it was
+    All but the last two decide the order of floating-point additions, so a run is resumed with the values it was
     started with; see ``trainer``.
 
     Attributes:
@@ -27,6 +27,8 @@ class ExecutionConfig:
         norm_forms: ``"formula"``, or ``"measured"`` to time the forms of linear maps' norms on synthetic tensors before
             the first step and to keep the choice in the run's record; see ``clipping.norm_forms``.
         checkpoint_every: Logical steps between checkpoints; the first and the last step always have one.
+        memory_limit_bytes: What a microbatch's step may hold beyond parameters, optimizer state and data. It is estimated from
+            two small eager steps before anything is made or spent (``memory_plan``); None does not look.
 
     Raises:
         InvalidInputError: If a number is not a whole one of at least 1, a strategy or a way of choosing norms is
@@ -40,6 +42,7 @@ class ExecutionConfig:
     strategy: Strategy = "bookkeeping"
     norm_forms: Literal["formula", "measured"] = "formula"
     checkpoint_every: int = 50
+    memory_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
         positive_int("microbatch_size", self.microbatch_size, remedy="Use the largest that fits into memory.")
@@ -53,5 +56,7 @@ class ExecutionConfig:
                 bound="'formula' or 'measured'",
                 remedy="'measured' takes some seconds before the first step.",
             )
+        if self.memory_limit_bytes is not None:
+            positive_int("memory_limit_bytes", self.memory_limit_bytes, remedy="Pass bytes, or None.")
         if self.num_threads is not None:
             positive_int("num_threads", self.num_threads, remedy="Use the number of cores, or None.")

@@ -29,6 +29,7 @@ from dp_flash_attention.training.diagnostics import DiagnosticsSink, JsonLinesDi
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.loop import RunState, TrainingLoop
 from dp_flash_attention.training.measured_norms import forms_of_run, write_fallbacks
+from dp_flash_attention.training.memory_plan import measured_peaks, require_fit
 from dp_flash_attention.training.microbatches import CollateFn, RecordSource
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.progress import OnStep
@@ -163,11 +164,22 @@ class PrivateTrainer:
             fallback_modules=self._fallback_modules,
             strategy=self._execution.strategy,
         )
+        rows = source.fetch(torch.arange(min(3, len(source))))
         try:
             with using(self._norm_forms):  # empty: it notes the shapes that there are
-                session.verify(source.fetch(torch.arange(min(3, len(source)))), self._loss_fn)
+                session.verify(rows, self._loss_fn)
         finally:
             session.close()
+        limit, strategy = self._execution.memory_limit_bytes, self._execution.strategy
+        if limit is not None:
+            peaks = measured_peaks(
+                self._model,
+                self._loss_fn,
+                rows,
+                strategies=(strategy,),
+                fallback_modules=self._fallback_modules,
+            )
+            require_fit(peaks[strategy], microbatch_size=self._execution.microbatch_size, limit_bytes=limit)
 
     def _fit_in(self, run: RunDirectory, source: RecordSource, dataset: object) -> TrainingResult:
         num_threads = _recorded_threads(run) or self._execution.num_threads or torch.get_num_threads()

@@ -8,7 +8,7 @@ from dp_flash_attention.core.errors import InvalidInputError
 from dp_flash_attention.training import ExecutionConfig
 
 
-@pytest.mark.parametrize("name", ["microbatch_size", "num_threads", "checkpoint_every"])
+@pytest.mark.parametrize("name", ["microbatch_size", "num_threads", "checkpoint_every", "memory_limit_bytes"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_settings_of_speed_are_checked(name: str, value: Any) -> None:
     with pytest.raises(InvalidInputError, match=name):
