@@ -84,13 +84,13 @@ def test_a_slice_holds_a_head_for_every_thread(monkeypatch):
     monkeypatch.setattr(plain, "SLICE_NUMBERS", 1)
     monkeypatch.setattr(plain, "num_head_threads", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    seen, attend = [], plain.attend
+    seen, attend = [], plain.attend_by_pass
 
-    def looking(kernel, call, q, k, v):
+    def looking(kernel, call, q, load):
         seen.append(q.shape[1])
-        return attend(kernel, call, q, k, v)
+        return attend(kernel, call, q, load)
 
-    monkeypatch.setattr(plain, "attend", looking)
+    monkeypatch.setattr(plain, "attend_by_pass", looking)
     tensors = torch.randn(3, 1, 7, 33, 8)
     dp_flash_attention(*tensors, bounds=bounds(), noise=noise(), mu=1.0, backend="flash")
     assert seen == [3, 3, 1]

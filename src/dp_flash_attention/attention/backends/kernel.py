@@ -9,12 +9,16 @@ merged lse and output it returns the exact gradient of the merged result, chunk 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from dp_flash_attention.attention.interface import PASS_ROWS, AttentionCall
+
+Load = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Keys [B, G, rows, D] and values [B, G, rows, E] of a pass, from its first row and the one after its last."""
 
 
 class FlashKernel(Protocol):
@@ -72,19 +76,55 @@ class FlashKernel(Protocol):
 def attend(kernel: FlashKernel, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Returns the exact output of clipped rows, [B, H, Q, E], differentiable with respect to q, k and v."""
     width = v.shape[-1]
-    if kernel.equal_widths and q.shape[-1] != width:
-        # Zeros change neither scores nor the values in front of them.
-        widest = max(q.shape[-1], width)
-        q, k, v = (torch.nn.functional.pad(rows, (0, widest - rows.shape[-1])) for rows in (q, k, v))
-    settings = (kernel, call.scale, call.causal, call.hidden, call.null_rows)
-    out = cast(Tensor, _Attend.apply(q, k, v, settings))  # type: ignore[no-untyped-call]
+    if kernel.equal_widths:
+        q, k, v = _of_equal_width(q, k, v)
+    out = cast(Tensor, _Attend.apply(q, k, v, _settings(kernel, call)))  # type: ignore[no-untyped-call]
     return out[..., :width] if out.shape[-1] != width else out
+
+
+def attend_by_pass(kernel: FlashKernel, call: AttentionCall, q: Tensor, load: Load) -> Tensor:
+    """Returns what ``attend`` does, without gradients, of keys and values that are read and clipped pass by pass.
+
+    Args:
+        kernel: The kernel.
+        call: What ``q`` belongs to; its keys and values are not read.
+        q: Clipped queries.
+        load: Returns the clipped keys and values of rows start to stop, which are used before it is asked again.
+    """
+    width = call.value.shape[-1]
+
+    def loaded(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        k, v = load(start, stop)
+        return _of_equal_width(q, k, v)[1:] if kernel.equal_widths else (k, v)
+
+    queries = q
+    if kernel.equal_widths and width > q.shape[-1]:
+        queries = torch.nn.functional.pad(q, (0, width - q.shape[-1]))
+    widest = max(width, q.shape[-1]) if kernel.equal_widths else width
+    out, _ = _merged_passes(queries, loaded, call.key.shape[2], widest, _settings(kernel, call))
+    return out[..., :width] if widest != width else out
+
+
+def _settings(kernel: FlashKernel, call: AttentionCall) -> tuple[Any, ...]:
+    return (kernel, call.scale, call.causal, call.hidden, call.null_rows)
+
+
+def _of_equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds zeros to what is narrower: they change neither scores nor the values in front of them."""
+    if q.shape[-1] == v.shape[-1]:
+        return q, k, v
+    widest = max(q.shape[-1], v.shape[-1])
+    padded = [torch.nn.functional.pad(rows, (0, widest - rows.shape[-1])) for rows in (q, k, v)]
+    return padded[0], padded[1], padded[2]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: tuple[Any, ...]) -> Tensor:
-        out, total = _merged_passes(q, k, v, settings)
+        def load(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            return k[:, :, start:stop], v[:, :, start:stop]
+
+        out, total = _merged_passes(q, load, k.shape[2], v.shape[-1], settings)
         if any(ctx.needs_input_grad[:3]):
             lse = total.log().to(torch.promote_types(q.dtype, torch.float32))
             ctx.save_for_backward(q, k, v, out.to(q.dtype), lse)
@@ -140,17 +180,18 @@ def _hiding(
     return bias[:, None, None], blind
 
 
-def _merged_passes(q: Tensor, k: Tensor, v: Tensor, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _merged_passes(
+    q: Tensor, load: Load, num_rows: int, width: int, settings: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
     """Returns the output of all passes and null rows together, and its sum of e^score in float64."""
     kernel, scale, causal, hidden, null_rows = settings
     out: Tensor | None = None
     # Sums of e^score: within [e^-40, e^40] times the number of rows (MAX_SCORE_BOUND), so float64 needs no running maximum.
     total: Tensor | None = None
-    for start, stop in _chunks(k.shape[2], causal):
+    for start, stop in _chunks(num_rows, causal):
         bias, blind = _hiding(hidden, start, stop, q, causal)
-        part, part_lse = kernel.forward(
-            q, k[:, :, start:stop], v[:, :, start:stop], scale=scale, causal=causal, bias=bias
-        )
+        k, v = load(start, stop)
+        part, part_lse = kernel.forward(q, k, v, scale=scale, causal=causal, bias=bias)
         # Shares of passes and null rows are quotients of sums: float32 would cost them digits.
         mass = part_lse.to(torch.float64).exp_()
         if blind is not None and bool(blind.any()):
@@ -164,7 +205,7 @@ def _merged_passes(q: Tensor, k: Tensor, v: Tensor, settings: tuple[Any, ...]) -
             out = _towards(out, part, _share(mass, total, out))
         del part, part_lse, mass  # or the next pass would run beside this one's output
     if out is None or total is None:
-        out = q.new_zeros((*q.shape[:3], v.shape[-1]))
+        out = q.new_zeros((*q.shape[:3], width))
         total = torch.zeros(q.shape[:3], dtype=torch.float64, device=q.device)
     elif null_rows > 0.0:
         working = torch.promote_types(out.dtype, torch.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dp_flash_attention.attention.backends.head_threads import Scratch, num_head_threads, run_tasks
-from dp_flash_attention.attention.backends.kernel import FlashKernel, attend
+from dp_flash_attention.attention.backends.kernel import FlashKernel, attend, attend_by_pass
 from dp_flash_attention.attention.backends.selfcheck import disagreement
 from dp_flash_attention.attention.interface import AttentionCall, AttentionNoise, Rounding
 from dp_flash_attention.attention.noising import add_noise, add_noise_into
@@ -68,22 +68,33 @@ class PlainBackend:
         """Returns the noisy output; without noise where the call has none (tests and benchmarks)."""
         rows = (call.query, call.key, call.value)
         if torch.is_grad_enabled() and any(each.requires_grad for each in rows):
-            exact = self._attend(call, *_clipped(call))
+            exact = attend(self._kernel, call, *_clipped(call))
             if call.stddev is None or call.noise is None:
                 return exact.to(call.out_dtype)
             return add_noise(exact, call.stddev, call.noise, call.out_dtype)
         with torch.no_grad():
             return self._release_in_slices(call)
 
-    def _attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(self._kernel, call, q, k, v)
+    def _exact(self, call: AttentionCall, scratch: Scratch) -> Tensor:
+        """Returns the exact output, of rows that are clipped just before the kernel reads them, in its cache."""
+        norms = call.norms
+        query = _clipped_into(call.query, norms.query, "query", scratch)
+
+        def load(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            key, value = call.key[:, :, start:stop], call.value[:, :, start:stop]
+            return (
+                _clipped_into(key, norms.key, "key", scratch),
+                _clipped_into(value, norms.value, "value", scratch),
+            )
+
+        return attend_by_pass(self._kernel, call, query, load)
 
     def _release_in_slices(self, call: AttentionCall) -> Tensor:
         """Runs some heads at a time, so that clipped rows take little memory whatever the call's size."""
         shape = (*call.query.shape[:3], call.value.shape[3])
         alone, together = _slices(call)
         if not alone and len(together) == 1:
-            exact = self._attend(call, *_clipped_into(call, {}))
+            exact = self._exact(call, {})
             fits = exact.dtype is call.out_dtype and exact.is_contiguous()
             out = exact if fits else torch.empty(shape, dtype=call.out_dtype, device=exact.device)
             _finish(out, exact, call, entry=0, head=0)
@@ -108,7 +119,7 @@ class PlainBackend:
             value=call.value[entries, groups],
             hidden=None if call.hidden is None else call.hidden[entries],
         )
-        exact = self._attend(part, *_clipped_into(part, scratch))
+        exact = self._exact(part, scratch)
         _finish(out, exact, call, entry=entries.start, head=heads.start)
 
 
@@ -159,13 +170,8 @@ def _clipped(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _clipped_into(call: AttentionCall, scratch: Scratch) -> tuple[Tensor, ...]:
-    """Clips into memory that the slices of one call share: fresh memory costs more than the arithmetic."""
-    found = []
-    for name in ("query", "key", "value"):
-        rows: Tensor = getattr(call, name)
-        if name not in scratch or len(scratch[name]) < rows.numel():
-            scratch[name] = torch.empty(rows.numel(), dtype=rows.dtype, device=rows.device)
-        target = scratch[name][: rows.numel()].view(rows.shape)
-        found.append(clip_rows_into(rows, getattr(call.norms, name), target))
-    return tuple(found)
+def _clipped_into(rows: Tensor, norm: float, name: str, scratch: Scratch) -> Tensor:
+    """Clips into memory that passes and slices share: fresh memory costs more than the arithmetic."""
+    if name not in scratch or len(scratch[name]) < rows.numel():
+        scratch[name] = torch.empty(rows.numel(), dtype=rows.dtype, device=rows.device)
+    return clip_rows_into(rows, norm, scratch[name][: rows.numel()].view(rows.shape))
