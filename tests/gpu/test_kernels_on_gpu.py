@@ -43,6 +43,7 @@ from dp_flash_attention.noise import (
 )
 from dp_flash_attention.noise.keystream import MAX_STEP, MAX_STREAM, TILE_NUMBERS
 from dp_flash_attention.quantum import PostQuantumGaussian
+from dp_flash_attention.training.noisy_adamw import NoisyAdamW
 
 pytestmark = pytest.mark.gpu
 
@@ -361,3 +362,24 @@ def test_deterministic_algorithms_give_the_same_clipped_sums_every_time(monkeypa
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for again in sums[1:] for a, b in zip(sums[0], again, strict=True))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("size", [1, 4101, 1_000_003])
+def test_the_noise_in_the_update_is_that_of_the_host_and_the_update_adamw_s(name, size):
+    parameter = torch.nn.Parameter(torch.randn(size, device="cuda"))
+    plain = torch.nn.Parameter(parameter.detach().cpu().double())
+    settings = {"lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0.1}
+    fused, reference = NoisyAdamW([parameter], **settings), torch.optim.AdamW([plain], **settings)
+    for step in range(3):
+        sums = torch.randn(size, device="cuda")
+        fused.stage({parameter: sums}, generator_of(name), stddev=0.7, divisor=16.0, step=step)
+        fused.step()
+        noisy = generator_of(name).add_normal_(sums.cpu(), stddev=0.7, step=step, stream=0)
+        plain.grad = noisy.double() / 16.0
+        reference.step()
+    torch.testing.assert_close(parameter.detach().cpu().double(), plain.detach(), rtol=1e-5, atol=1e-5)
+    for key, value in reference.state[plain].items():
+        torch.testing.assert_close(
+            fused.state[parameter][key].cpu().double(), value.double(), rtol=1e-5, atol=1e-5
+        )

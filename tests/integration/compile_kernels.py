@@ -27,6 +27,7 @@ from dp_flash_attention.noise.kernels.writer import _NUM_WARPS, _TILES_PER_PROGR
 embedding_norm = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
 gram_norm = import_module("dp_flash_attention.clipping.kernels.gram_norm")
 norm_backward = import_module("dp_flash_attention.clipping.kernels.norm_backward")
+noisy_adamw = import_module("dp_flash_attention.training.kernels.noisy_adamw")
 outer_norm = import_module("dp_flash_attention.clipping.kernels.outer_norm")
 tied_cross = import_module("dp_flash_attention.clipping.kernels.tied_cross")
 weighted_grad = import_module("dp_flash_attention.clipping.kernels.weighted_grad")
@@ -90,6 +91,22 @@ def noise_kernels():
                     num_warps=_NUM_WARPS,
                 ),
             )
+
+
+def noisy_adamw_kernels():
+    types = dict.fromkeys(("parameter", "sums", "first", "second"), "*fp32") | {"total": "i64", **KEY_TYPES}
+    scalars = ("divisor", "shrink", "keep_first", "keep_second", "step_size", "root", "eps")
+    types |= dict.fromkeys(scalars, "fp32")
+    for cipher in ("chacha20", "philox4x64"):
+        yield (
+            f"noisy_adamw/{cipher}",
+            compiled(
+                noisy_adamw.noisy_adamw_kernel,
+                types,
+                {"CIPHER": cipher, "TILES": noisy_adamw.TILES_PER_PROGRAM},
+                num_warps=noisy_adamw.NUM_WARPS,
+            ),
+        )
 
 
 def exact_noise_kernels():
@@ -366,6 +383,7 @@ def main():
     elif sys.argv[1:] == ["--all"]:
         found = [
             *noise_kernels(),
+            *noisy_adamw_kernels(),
             *exact_noise_kernels(),
             *attention_kernels(),
             *more_attention_kernels(),
@@ -380,6 +398,7 @@ def main():
     else:
         found = [
             *noise_kernels(),
+            *noisy_adamw_kernels(),
             *exact_noise_kernels(),
             *attention_kernels(),
             *more_attention_kernels(),

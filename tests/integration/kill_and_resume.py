@@ -27,7 +27,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from dp_flash_attention.noise import TestKey
-from dp_flash_attention.training import ExecutionConfig, PrivacyPlan, PrivateTrainer
+from dp_flash_attention.training import ExecutionConfig, PrivacyPlan, PrivateTrainer, step_noise
 from dp_flash_attention.training import session as session_module
 
 NUM_STEPS, NUM_RECORDS = 9, 200
@@ -43,7 +43,7 @@ MODES: dict[str, tuple[Any, ExecutionConfig]] = {
 # Between a step's noise and the checkpoint that holds it: after the first and the last parameter's noise,
 # and after the step itself. Step 4 has no checkpoint of its own, step 5 is followed by one.
 PLACES = tuple(f"{place} of step {step}" for step in (4, 5) for place in ("noise 0", "noise 2", "end"))
-ADD_NOISE = session_module._add_noise
+ADD_NOISE = step_noise.add_normals
 APPLY = session_module.PrivateSession.apply
 FSYNC = os.fsync
 
@@ -115,7 +115,7 @@ def train(
         APPLY(session, step)
         at(f"end of step {step.index}")
 
-    session_module._add_noise = journalling
+    step_noise.add_normals = journalling
     session_module.PrivateSession.apply = counted_end  # type: ignore[method-assign]
     os.fsync = counting
     # Once a run has begun, its first checkpoint decides where it starts, whatever the new process drew.

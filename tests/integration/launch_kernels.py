@@ -73,6 +73,25 @@ def noise(kernel):
     return {"variants": kernel.variants(), "types": [types[name] for name in ("k0", "k7", "stream", "step")]}
 
 
+def noisy_updates(module, kernel):
+    words = ((2**32 - 1, 2**31, 1, 0, 16, 5, 7, 9), (1,) * 8, (0,) * 8, (16,) * 8)
+    numbers = itertools.product(words, (0, 1, 2**63 - 1), (0, 1, 2**32 - 1), (1.0, 0.1), (1, 1000))
+    for key, step, stream, rate, num_steps in numbers:
+        module.noisy_adamw_(
+            *(torch.zeros(4096) for _ in range(4)),
+            two_variance=np.float32(2.0),
+            divisor=16.0 if rate == 1.0 else 3.0,
+            moments=module.Moments(
+                learning_rate=rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=1.0 - rate, num_steps=num_steps
+            ),
+            key=KernelKey(cipher="chacha20", words=key, step=step),
+            stream=stream,
+        )
+    types = kernel.compiled[0].src.signature
+    names = ("k0", "stream", "step", "divisor", "step_size")
+    return {"variants": kernel.variants(), "types": [types[name] for name in names]}
+
+
 def exact_noise(kernel):
     words = ((2**32 - 1, 2**31, 1, 0, 16, 5, 7, 9), (1,) * 8, (0,) * 8, (16,) * 8)
     for stddev in (4, 16, 40, 300):
@@ -204,6 +223,8 @@ def main():
         module.require_agreement = lambda *args: None
     exact_writer.disagreement = lambda *args: None
     found = {"noise": noise(compile_only(writer, "write_normals_kernel"))}
+    update = import_module("dp_flash_attention.training.kernels.noisy_adamw")
+    found["noisy update"] = noisy_updates(update, compile_only(update, "noisy_adamw_kernel"))
     found["exact noise"] = exact_noise(compile_only(exact_writer, "write_discrete_gaussian_kernel"))
     embedding = import_module("dp_flash_attention.clipping.kernels.embedding_norm")
     found["embedding_norm"] = embedding_norms(embedding, compile_only(embedding, "embedding_norm_kernel"))

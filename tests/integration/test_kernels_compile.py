@@ -64,6 +64,7 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     counts = [count["barriers"] for name, count in binaries.items() if name.startswith("write_normals")]
     assert len(counts) == 4
     assert max(counts) <= 24
+    assert max(binaries[f"noisy_adamw/{cipher}"]["barriers"] for cipher in ("chacha20", "philox4x64")) <= 24
     assert binaries["attention/64, causal"]["barriers"] <= 24
     assert binaries["attention merge/64"]["barriers"] <= 40
 
@@ -82,6 +83,7 @@ def test_the_launchers_ask_for_the_same_kernel_whatever_the_key(tmp_path):
     found = compiled(tmp_path, script=LAUNCHES)
     # A variant for each key would be compiled in the middle of training, and its name would tell of the key.
     assert found["noise"] == {"variants": 1, "types": ["u32", "u32", "u32", "u64"]}
+    assert found["noisy update"] == {"variants": 1, "types": ["u32", "u32", "u64", "fp32", "fp32"]}
     # One for a single layer's numbers and one for all others would be enough; the law's numbers make none.
     assert found["exact noise"] == {"variants": 1, "types": ["u32", "u32", "u32", "i32"]}
     assert found["attention"] == {

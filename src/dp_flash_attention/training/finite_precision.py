@@ -118,7 +118,8 @@ def finite_precision(
     distance = (
         num_steps * dimension * (rounded_gaussian_distance(MIN_STDDEV) + MAX_SAMPLER_DISTANCE) * (1.0 + 1e-12)
     )
-    # A step's groups of tensors read at most 8·(1,216 + 3·8,192) blocks for 57,344 numbers, a sixteenth of what is charged.
+    # For 114,688 numbers the sampler reads at most 16·(1,216 + 8,192) + 98,304 + 131,072 blocks, a seventeenth of what is
+    # charged; for a group of fewer, less than is charged for one tile.
     advantage = num_steps * generator_advantage(dimension, _KEY_BITS, "aes-256-ctr") * (1.0 + 1e-12)
     cost = (1.0 + math.exp(min(epsilon, 700.0))) * (distance + advantage) * (1.0 + 1e-12)
     if cost > _DELTA_SHARE * delta:

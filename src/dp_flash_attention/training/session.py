@@ -44,12 +44,12 @@ from dp_flash_attention.training.microbatches import (
     RecordSource,
     static_chunks,
 )
+from dp_flash_attention.training.noisy_adamw import NoisyAdamW
 from dp_flash_attention.training.ownership import check_same_parameters
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.sampler import PoissonSampler
 from dp_flash_attention.training.secrets import RunKeys
-from dp_flash_attention.training.step_noise import GridNoise, make_step_noise
-from dp_flash_attention.training.step_noise import add_normals as _add_noise
+from dp_flash_attention.training.step_noise import make_step_noise, noisy_sums
 
 _PROBE_ROWS = 3
 
@@ -115,8 +115,10 @@ class PrivateSession:
         check_same_parameters(model, optimizer, self._accumulator.parameters)
         keys.claim()
         self.uses_test_key = keys.uses_test_key
-        num_parameters = sum(parameter.numel() for parameter in self._accumulator.parameters.values())
-        self._generator = make_step_noise(plan, keys.derive("noise"), num_parameters=num_parameters)
+        self._stddev = plan.noise_multiplier * self._accumulator.sensitivity.l2
+        count = sum(parameter.numel() for parameter in self._accumulator.parameters.values())
+        in_update, noise_key = isinstance(optimizer, NoisyAdamW), keys.derive("noise")
+        self._generator = make_step_noise(plan, noise_key, num_parameters=count, in_update=in_update)
         self._sampling_key = keys.derive("sampling")
         self._dropout_bits = SecureBits(keys.derive("dropout"))
         self._source: RecordSource | None = None
@@ -297,19 +299,15 @@ class PrivateSession:
         self._hook.remove()
 
     def _set_noisy_gradients(self, step_index: int) -> None:
-        """Releases (Σ clip(g_i) + N(0, σ²C²)) / B̄ into ``.grad``."""
-        parameters = self._accumulator.parameters
-        for name, noisy in self._noisy_sums(step_index):
-            parameters[name].grad = noisy.div_(self.plan.expected_batch_size).to(parameters[name].dtype)
-
-    def _noisy_sums(self, step_index: int) -> Iterator[tuple[str, Tensor]]:
-        sums, generator = self._accumulator.sums, self._generator
-        if isinstance(generator, GridNoise):
-            yield from generator.add(sums, step=step_index)
+        """Releases (Σ clip(g_i) + N(0, σ²C²)) / B̄ into ``.grad``, or to an optimizer that makes it in its step."""
+        parameters, batch = self._accumulator.parameters, self.plan.expected_batch_size
+        if isinstance(self.optimizer, NoisyAdamW):
+            staged = {parameters[name]: total for name, total in self._accumulator.sums.items()}
+            self.optimizer.stage(staged, self._generator, stddev=self._stddev, divisor=batch, step=step_index)
             return
-        stddev = self.plan.noise_multiplier * self._accumulator.sensitivity.l2
-        for stream, (name, total) in enumerate(sums.items()):
-            yield name, _add_noise(generator, total, stddev=stddev, step=step_index, stream=stream)
+        sums = self._accumulator.sums
+        for name, noisy in noisy_sums(self._generator, sums, stddev=self._stddev, step=step_index):
+            parameters[name].grad = noisy.div_(batch).to(parameters[name].dtype)
 
     def _draw_steps(self, microbatch_size: int) -> Iterator[LogicalStep]:
         while self._step_index < self.plan.num_steps:

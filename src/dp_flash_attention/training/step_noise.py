@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ from dp_flash_attention.noise.rounded_gaussian import RoundedGaussian
 from dp_flash_attention.training.finite_precision import MAX_SAMPLER_DISTANCE
 from dp_flash_attention.training.plan import PrivacyPlan
 
-# Tensors are drawn for together until they hold that many numbers: the sampler proposes 65,536 at a time, which small
+# Tensors are drawn for together until they hold that many numbers: the sampler proposes at least 24,576, which small
 # tensors would waste, and 2^20 numbers are 8 MiB.
 GROUP_NUMBERS = 1 << 20
 # Sums beyond this many steps of the grid are cut off, which moves no two further apart. With the noise, at most 2^50, all
@@ -112,22 +112,56 @@ class GridNoise:
         return counts.add_(noise).mul_(self._grid).to(total.device)
 
 
+def noisy_sums(
+    generator: NormalGenerator | GridNoise, sums: Mapping[str, Tensor], *, stddev: float, step: int
+) -> Iterable[tuple[str, Tensor]]:
+    """Returns each name with its noisy sum. A step is for one release only.
+
+    Raises:
+        RunStateError: As ``GridNoise.add``.
+    """
+    if isinstance(generator, GridNoise):
+        return generator.add(sums, step=step)
+    # All before the caller's division of the first: torch's threads go on spinning on the cores that the noise needs.
+    return [
+        (name, add_normals(generator, total, stddev=stddev, step=step, stream=stream))
+        for stream, (name, total) in enumerate(sums.items())
+    ]
+
+
 def round_to_steps(total: Tensor, grid: float) -> Tensor:
     """Returns the nearest whole numbers of steps, float64, cut off at ±2^51."""
     # Dividing by a power of two is exact.
     return total.to(torch.float64, copy=True).div_(grid).round_().clamp_(-MAX_STEPS, MAX_STEPS)
 
 
-def make_step_noise(plan: PrivacyPlan, key: NoiseKey, *, num_parameters: int) -> NormalGenerator | GridNoise:
+def make_step_noise(
+    plan: PrivacyPlan, key: NoiseKey, *, num_parameters: int, in_update: bool = False
+) -> NormalGenerator | GridNoise:
     """Returns what makes the noise of a plan's steps.
 
+    Args:
+        plan: The plan.
+        key: Secret of the noise.
+        num_parameters: Number of trainable coordinates.
+        in_update: Whether a kernel makes the noise in the optimizer's update, which needs ChaCha20 for ``"secure"``.
+
     Raises:
-        InvalidInputError: If the plan is for another number of parameters.
+        InvalidInputError: If the plan is for another number of parameters, or exact noise is to be made in an update.
         NoiseUnavailableError: If the plan's noise cannot be made here.
     """
     if plan.noise == "exact":
+        if in_update:
+            raise InvalidInputError(
+                "noise",
+                plan.noise,
+                bound="'secure' or 'fast' with NoisyAdamW",
+                remedy="Use torch.optim.AdamW with exact noise.",
+            )
         return GridNoise(plan, key, num_parameters=num_parameters)
-    return make_generator(plan.noise, key)
+    return make_generator(
+        plan.noise, key, cipher="chacha20" if in_update and plan.noise == "secure" else None
+    )
 
 
 def _groups(sums: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dp_flash_attention.clipping import clip_groups, group_clipping
 from dp_flash_attention.clipping.accumulator import ClippedGradientAccumulator
 from dp_flash_attention.noise import TestKey
-from dp_flash_attention.training import PrivacyPlan
+from dp_flash_attention.training import PrivacyPlan, step_noise
 from dp_flash_attention.training import session as session_module
 from dp_flash_attention.training.microbatches import LogicalStep
 from dp_flash_attention.training.sampler import PoissonSampler
@@ -27,7 +27,7 @@ from dp_flash_attention.training.verification import (
 )
 
 NUM_RECORDS = 50
-ADD_NOISE = session_module._add_noise
+ADD_NOISE = step_noise.add_normals
 
 
 class Records:
@@ -70,28 +70,28 @@ def definition_check(clipping: str = "flat") -> Check:
 
 
 def no_noise(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(session_module, "_add_noise", lambda generator, total, **position: total)
+    patch.setattr(step_noise, "add_normals", lambda generator, total, **position: total)
 
 
 def noise_over_sqrt_2(patch: pytest.MonkeyPatch) -> None:
     def weak(generator: Any, total: Tensor, *, stddev: float, step: int, stream: int) -> Tensor:
         return ADD_NOISE(generator, total, stddev=stddev / math.sqrt(2.0), step=step, stream=stream)
 
-    patch.setattr(session_module, "_add_noise", weak)
+    patch.setattr(step_noise, "add_normals", weak)
 
 
 def noise_without_c(patch: pytest.MonkeyPatch) -> None:
     def unscaled(generator: Any, total: Tensor, *, stddev: float, step: int, stream: int) -> Tensor:
         return ADD_NOISE(generator, total, stddev=1.0, step=step, stream=stream)
 
-    patch.setattr(session_module, "_add_noise", unscaled)
+    patch.setattr(step_noise, "add_normals", unscaled)
 
 
 def one_noise_for_all_steps(patch: pytest.MonkeyPatch) -> None:
     def same(generator: Any, total: Tensor, *, stddev: float, step: int, stream: int) -> Tensor:
         return ADD_NOISE(generator, total, stddev=stddev, step=0, stream=stream)
 
-    patch.setattr(session_module, "_add_noise", same)
+    patch.setattr(step_noise, "add_normals", same)
 
 
 def wrong_clip_norm(patch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from dp_flash_attention.core.errors import (
     RunStateError,
 )
 from dp_flash_attention.noise import TestKey
-from dp_flash_attention.training import PrivacyPlan, RunKeys, make_private
+from dp_flash_attention.training import PrivacyPlan, RunKeys, make_private, step_noise
 from dp_flash_attention.training.microbatches import LogicalStep
 from dp_flash_attention.training.session import PrivateSession
 from dp_flash_attention.training.verification import check_steps_follow_definition
@@ -276,6 +276,24 @@ def test_noise_that_was_drawn_is_not_drawn_again() -> None:
         session.apply(step)
     with pytest.raises(NoiseReuseError, match="noise of step 0"):
         session.apply(step)
+
+
+def test_all_noise_is_drawn_before_torch_divides_the_first_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's threads spin after a division, on the cores that the noise's threads need; the numbers are the same."""
+    session, calls = session_of(), []
+    right = step_noise.add_normals
+
+    def spied(generator: Any, total: Tensor, **position: Any) -> Tensor:
+        assert all(parameter.grad is None for parameter in session.model.parameters())
+        calls.append(position["stream"])
+        return right(generator, total, **position)
+
+    monkeypatch.setattr(step_noise, "add_normals", spied)
+    step = next(session.steps(Records(), microbatch_size=64))
+    for microbatch in step:
+        session.accumulate(microbatch, loss_fn)
+    session.apply(step)
+    assert calls == list(range(len(session.parameters)))
 
 
 def test_keys_serve_one_session() -> None:

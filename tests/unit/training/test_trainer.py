@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,22 @@ def test_a_model_without_rules_is_trained_one_example_at_a_time(tmp_path: Path) 
         trainer(tmp_path / "refused", model=Scaled()).fit(records())
     execution = ExecutionConfig(microbatch_size=1, strategy="one_example")
     assert trainer(tmp_path / "run", model=Scaled(), execution=execution).fit(records()).num_steps == 6
+
+
+def test_a_fused_optimizer_s_run_is_resumed_bit_by_bit_and_is_its_plain_one_s_up_to_rounding(
+    tmp_path: Path, unbroken: TrainingResult
+) -> None:
+    fused = {"optimizer": partial(torch.optim.AdamW, fused=True)}
+    whole = trainer(tmp_path / "whole", **fused).fit(records())
+    with pytest.raises(Stopped):
+        trainer(tmp_path / "run", on_step=stop_after(3, dies), **fused).fit(records())
+    with pytest.raises(RunStateError, match="fused"):
+        trainer(tmp_path / "run").fit(records(), resume=True)
+    resumed = trainer(tmp_path / "run", seed=9, **fused).fit(records(), resume=True)
+    assert resumed.model_path.read_bytes() == whole.model_path.read_bytes()
+    expected = load_file(unbroken.model_path)
+    for name, value in load_file(whole.model_path).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_ctrl_c_saves_the_step_that_is_whole(tmp_path: Path, unbroken: TrainingResult) -> None:
