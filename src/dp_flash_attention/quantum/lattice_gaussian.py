@@ -37,7 +37,7 @@ from dp_flash_attention.quantum.rational_sampler import RationalCoins
 from dp_flash_attention.quantum.values import unpack
 
 _CIPHER: Final = "aes-256-ctr"
-# A coordinate costs about 0.1 ms in rational arithmetic; more than this is a mistake of scale.
+# A coordinate costs about 1 ms in rational arithmetic; more than this is a mistake of scale.
 MAX_COORDINATES = 1 << 16
 # Rational coins read some hundred blocks a coordinate; the switching term is charged for a tile of each.
 _TILE_PER_COORDINATE = 8192
