@@ -161,7 +161,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.draw is not None:
-        plot(json.loads(options.draw.read_text(encoding="utf-8"))["rows"], options.plot or Path("memory.svg"))
+        kept = json.loads(options.draw.read_text(encoding="utf-8"))["rows"]
+        kept = [row for row in kept if row["config"]["malloc"] == options.malloc[0]]
+        plot(kept, options.plot or Path("memory.svg"))
         return
     modes = [BASELINE, *OURS, *(() if options.no_peers else OPACUS)]
     rows: list[Row] = []

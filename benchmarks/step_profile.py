@@ -173,6 +173,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--shapes", type=int, nargs="+", default=[0, 2], help="which of train_step's CPU shapes"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--models", nargs="+", default=None, help="named models instead of train_step's CPU shapes"
@@ -183,7 +186,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     keep_freed_memory()  # as dpfa train does
     place = Place(device=torch.device(options.device), bf16=options.device == "cuda")
-    shapes = [shape_of(name, t) for name in options.models or () for t in options.lengths] or list(SHAPES)
+    shapes = [shape_of(name, t) for name in options.models or () for t in options.lengths] or [
+        SHAPES[k] for k in options.shapes
+    ]
     drawn, rows = [], []
     for shape in shapes:
         whole = 0.0
