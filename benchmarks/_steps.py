@@ -97,11 +97,11 @@ def ours(shape: Shape, place: Place, *, compiled: bool = False, strategy: Strate
         else:
             clipping.add(losses, data, batch_size=len(data))
         sums = accumulator.sums
-        for stream, (name, parameter) in enumerate(accumulator.parameters.items()):
-            noisy = generator.add_normal_(
-                sums[name], stddev=NOISE_MULTIPLIER * CLIP_NORM, step=num_steps, stream=stream
-            )
-            parameter.grad = noisy.div_(shape.batch_size)
+        # As a session does: all noise before torch's threads, which go on spinning, divide the first sum.
+        for stream, total in enumerate(sums.values()):
+            generator.add_normal_(total, stddev=NOISE_MULTIPLIER * CLIP_NORM, step=num_steps, stream=stream)
+        for name, parameter in accumulator.parameters.items():
+            parameter.grad = sums[name].div_(shape.batch_size)
         optimizer.step()
         num_steps += 1
 
@@ -172,11 +172,9 @@ OPACUS = ("opacus per-sample", "opacus ghost")
 
 
 def modes_for(shape: Shape, place: Place) -> list[str]:
-    """Returns which modes can run: peers that are installed and have a rule, ours compiled in float32."""
+    """Returns which modes can run: ours, and peers that are installed and have a rule."""
     left_out: set[str] = {"ours two_pass"}
     # Opacus has no rule for tied weights, nor for torch's RMSNorm.
     if place.tied or shape.family != "gpt" or find_spec("opacus") is None:
         left_out |= set(OPACUS)
-    if place.bf16:
-        left_out.add("ours compiled")  # refused under autocast; the eager private path runs
     return [mode for mode in MODES if mode not in left_out]

@@ -9,8 +9,8 @@ compares ours with the baseline on tied weights.
     python benchmarks/train_step.py --device cuda --json > benchmarks/results/train_step-DEVICE.json
 
 On a GPU the models are GPT-2's sizes, a Llama-style one of 1.2 billion parameters and one-layer slices of width 4096,
-under bfloat16 autocast; the baseline is compiled, with flash attention. Ours runs eagerly there, since the compiled
-private step refuses autocast: the column ``path`` says what ran. Nothing is downloaded.
+under bfloat16 autocast; the baseline is compiled, with flash attention. Ours runs eagerly, with kernels for norms and weighted
+gradients, and compiled, with torch's products in float32 for both: ``path`` says what ran. Nothing is downloaded.
 """
 
 from __future__ import annotations
