@@ -4,6 +4,7 @@ from dp_flash_attention.training.averaging import ParameterAverage
 from dp_flash_attention.training.diagnostics import DiagnosticsSink, JsonLinesDiagnostics
 from dp_flash_attention.training.execution import ExecutionConfig
 from dp_flash_attention.training.microbatches import LogicalStep
+from dp_flash_attention.training.noisy_adamw import NoisyAdamW
 from dp_flash_attention.training.plan import PrivacyPlan
 from dp_flash_attention.training.progress import StepReport
 from dp_flash_attention.training.run_directory import RunDirectory
@@ -16,6 +17,7 @@ __all__ = [
     "ExecutionConfig",
     "JsonLinesDiagnostics",
     "LogicalStep",
+    "NoisyAdamW",
     "ParameterAverage",
     "PrivacyPlan",
     "PrivateSession",
