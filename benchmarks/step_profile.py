@@ -29,7 +29,7 @@ import _steps
 from _harness import Report, Row, emit
 from _models import Shape, shape_of
 from _steps import MODES, Place
-from dp_flash_attention.clipping import ClippedGradientAccumulator
+from dp_flash_attention.clipping import accumulator, group_clipping
 from dp_flash_attention.clipping.contributions import LinearContribution
 from dp_flash_attention.training.memory import keep_freed_memory
 from train_step import SHAPES
@@ -44,9 +44,9 @@ def labelled() -> Iterator[None]:
     """Puts labels around the parts of every step that is built and run inside."""
     targets = (
         (_steps, "losses_of", "loss"),
-        (ClippedGradientAccumulator, "sq_norms_of", "norms of records"),
+        (group_clipping, "group_sq_norms", "norms of records"),
         (LinearContribution, "formed", "formed"),
-        (ClippedGradientAccumulator, "_add_clipped", "norms and sums"),
+        (accumulator, "add_group", "norms and sums"),
         (torch.Tensor, "backward", "whole backward"),
         (torch.optim.AdamW, "step", "optimizer"),
     )

@@ -43,6 +43,9 @@ def test_the_kernels_compile_to_what_they_should(tmp_path):
     for name in ("write_discrete_gaussian/fill", "write_discrete_gaussian/add"):
         assert name in binaries
         assert found.pop(name, 0) <= 256
+    # So does a tile of noise with what AdamW makes of it: 32 numbers of four tensors a thread, divided with rounding.
+    for cipher in ("chacha20", "philox4x64"):
+        assert found.pop(f"noisy_adamw/{cipher}", 0) <= 576
     assert found == {}
     # Tiles are copied ahead, in two or three stages, where the copy can be asynchronous.
     assert binaries["attention/64, causal"]["shared_bytes"] >= 3 * 64 * 64 * 2 * 2

@@ -61,7 +61,7 @@ def climb(world, sensitivity, *, clip_value=clip_rows, steps=STEPS):
     rest_key, rest_value = free(world.groups, world.rest), free(world.groups, world.rest)
     own = [free(world.groups, world.own) for _ in range(4)]
     optimizer = torch.optim.Adam([query, rest_key, rest_value, *own], lr=0.1)
-    delta = torch.as_tensor(sensitivity)[None, None, :, None]
+    delta = torch.tensor(sensitivity)[None, None, :, None]
     best = 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
