@@ -24,7 +24,7 @@ def noise():
     return CallNoise(TestKey("call"))
 
 
-def test_slices_and_threads_do_not_change_a_byte(monkeypatch):
+def test_slices_do_not_change_a_byte(monkeypatch):
     # A head of 48 x 16 numbers is a whole number of cache lines: a product's last bit may depend on where it begins in one.
     tensors = [torch.randn(3, heads, count, 16) for heads, count in ((4, 32), (2, 48), (2, 48))]
     mask = torch.zeros(3, 48, dtype=torch.bool)
@@ -40,19 +40,14 @@ def test_slices_and_threads_do_not_change_a_byte(monkeypatch):
             key_padding_mask=mask,
         )[0]
 
-    monkeypatch.setattr(plain, "num_head_threads", lambda: 1)
     whole = run()
     for numbers in (1, 2 * 48 * 16 * 2):
         monkeypatch.setattr(plain, "SLICE_NUMBERS", numbers)
         assert torch.equal(run(), whole)
-    for threads in (2, 4, 6, 7):  # 6 heads: none, 2 and none left over; 7 are more than there are
-        monkeypatch.setattr(plain, "num_head_threads", lambda count=threads: count)
-        assert torch.equal(run(), whole)
 
 
-def test_threads_run_in_the_mode_of_their_caller(monkeypatch):
-    """What inference mode allocates may only be written in it; and no thread records a gradient."""
-    monkeypatch.setattr(plain, "num_head_threads", lambda: 2)
+def test_slices_run_in_the_mode_of_their_caller(monkeypatch):
+    """What inference mode allocates may only be written in it; and nothing records a gradient."""
     tensors = rows()
     found = dp_flash_attention(*tensors, bounds=bounds(), noise=noise(), mu=1.0)[0]
     with torch.inference_mode():
@@ -82,7 +77,6 @@ def test_rows_that_change_between_norm_and_clip_are_clipped_as_they_were_read(mo
 def test_a_slice_holds_a_head_for_every_thread(monkeypatch):
     """With fewer, the threads of a kernel would share one causal head unevenly."""
     monkeypatch.setattr(plain, "SLICE_NUMBERS", 1)
-    monkeypatch.setattr(plain, "num_head_threads", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     seen, attend = [], plain.attend_by_pass
 
