@@ -103,6 +103,7 @@ def test_the_launchers_ask_for_the_same_kernel_whatever_the_key(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_launch_compiles_at_the_edges_of_its_shapes(tmp_path):
     found = compiled(tmp_path, "--all", script=LAUNCHES)
     assert found["attention"] == {
@@ -117,6 +118,7 @@ def test_every_launch_compiles_at_the_edges_of_its_shapes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_variant_compiles_and_those_for_bfloat16_spill_next_to_nothing(tmp_path):
     counts = compiled(tmp_path, "--all")
     assert len(counts) > 40
