@@ -25,7 +25,8 @@ from dp_flash_attention.quantum.security_estimate import (
 # 2^64 gates in sequence are about what NIST expects of a decade on present architectures; 2^96 is more than anyone's
 # guess (call for post-quantum proposals, 2016, section 4.A.5, MAXDEPTH).
 GROVER_ITERATIONS_LOG2 = 64
-# A tile of 8,192 samples reads at most 1,216 blocks and 8,192 more in the rare event, for each of at most 50 layers.
+# A tile of 8,192 samples reads at most 1,216 blocks and 8,192 more in the rare event, for each of at most 50 layers. Wide
+# samplers read less: at most 71,232 blocks for one sample and 379,904 for 114,688 (``noise.wide_sampler``).
 _TILE = 8192
 _BLOCKS_PER_TILE = 50 * (1216 + 8192)
 

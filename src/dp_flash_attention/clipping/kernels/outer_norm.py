@@ -24,6 +24,42 @@ NUM_STAGES: Final = 3
 
 
 @triton.jit
+def gradient_tile(
+    x,
+    g,
+    stride_xt,
+    stride_xd,
+    stride_gt,
+    stride_gp,
+    inputs,
+    outputs,
+    num_rows,
+    num_inputs,
+    num_outputs,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Returns rows ``outputs`` and columns ``inputs`` of ``gᵀx`` of one example, float32 [BLOCK_OUTPUTS, BLOCK_INPUTS]."""
+    gradient = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS], tl.float32)
+    for start in tl.range(0, num_rows, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        far, inside = row.to(tl.int64)[:, None], (row < num_rows)[:, None]
+        x_tile = tl.load(
+            x + far * stride_xt + inputs[None, :] * stride_xd,
+            mask=inside & (inputs < num_inputs)[None, :],
+            other=0.0,
+        )
+        g_tile = tl.load(
+            g + far * stride_gt + outputs[None, :] * stride_gp,
+            mask=inside & (outputs < num_outputs)[None, :],
+            other=0.0,
+        )
+        gradient = dot(tl.trans(g_tile), x_tile, gradient, "ieee")
+    return gradient
+
+
+@triton.jit
 def outer_norm_kernel(
     x,
     g,
@@ -50,21 +86,22 @@ def outer_norm_kernel(
     g += example * stride_gb
     inputs = (tile % across) * BLOCK_INPUTS + tl.arange(0, BLOCK_INPUTS)
     outputs = (tile // across) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    gradient = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS], tl.float32)
-    for start in tl.range(0, num_rows, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        far, inside = row.to(tl.int64)[:, None], (row < num_rows)[:, None]
-        x_tile = tl.load(
-            x + far * stride_xt + inputs[None, :] * stride_xd,
-            mask=inside & (inputs < num_inputs)[None, :],
-            other=0.0,
-        )
-        g_tile = tl.load(
-            g + far * stride_gt + outputs[None, :] * stride_gp,
-            mask=inside & (outputs < num_outputs)[None, :],
-            other=0.0,
-        )
-        gradient = dot(tl.trans(g_tile), x_tile, gradient, "ieee")
+    gradient = gradient_tile(
+        x,
+        g,
+        stride_xt,
+        stride_xd,
+        stride_gt,
+        stride_gp,
+        inputs,
+        outputs,
+        num_rows,
+        num_inputs,
+        num_outputs,
+        BLOCK_OUTPUTS,
+        BLOCK_INPUTS,
+        BLOCK_ROWS,
+    )
     tl.store(partial + tl.program_id(0), tl.sum(tl.sum(gradient * gradient, axis=1), axis=0))
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_attention.attention.kernels.narrow import dot
+from dp_flash_attention.clipping.kernels.outer_norm import gradient_tile
 
 # Not yet measured: two sums of 128 x 128 take 64 registers a thread each with eight warps.
 BLOCK_OUTPUTS: Final = 128
@@ -64,23 +64,22 @@ def weighted_grad_kernel(
     first = run.to(tl.int64) * examples_per_run
     for k in tl.range(0, tl.minimum(examples_per_run, size - run * examples_per_run)):
         example = first + k
-        x_rows = x + example * stride_xb
-        g_rows = g + example * stride_gb
-        gradient = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS], tl.float32)
-        for start in tl.range(0, num_rows, BLOCK_ROWS):
-            row = start + tl.arange(0, BLOCK_ROWS)
-            far, inside = row.to(tl.int64)[:, None], (row < num_rows)[:, None]
-            x_tile = tl.load(
-                x_rows + far * stride_xt + inputs[None, :] * stride_xd,
-                mask=inside & (inputs < num_inputs)[None, :],
-                other=0.0,
-            )
-            g_tile = tl.load(
-                g_rows + far * stride_gt + outputs[None, :] * stride_gp,
-                mask=inside & (outputs < num_outputs)[None, :],
-                other=0.0,
-            )
-            gradient = dot(tl.trans(g_tile), x_tile, gradient, "ieee")
+        gradient = gradient_tile(
+            x + example * stride_xb,
+            g + example * stride_gb,
+            stride_xt,
+            stride_xd,
+            stride_gt,
+            stride_gp,
+            inputs,
+            outputs,
+            num_rows,
+            num_inputs,
+            num_outputs,
+            BLOCK_OUTPUTS,
+            BLOCK_INPUTS,
+            BLOCK_ROWS,
+        )
         factor = tl.load(factors + example)
         # 0 · NaN is NaN: an example of factor 0 counts as nothing whatever it holds.
         total += tl.where(factor == 0.0, 0.0, gradient * factor)
